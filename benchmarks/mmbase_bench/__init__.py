@@ -1,0 +1,1 @@
+"""Benchmarks: one file per subject, peers side by side."""

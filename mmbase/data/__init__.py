@@ -1,0 +1,1 @@
+"""Bytes to batches: shards, decoding, augmentation, tokenizers. Knows nothing of models."""

@@ -1,0 +1,1 @@
+"""Zero-shot, retrieval, latency, and the report of a run."""

@@ -1,0 +1,1 @@
+"""Features to loss: gathers across ranks and calls mmbase_kernels."""

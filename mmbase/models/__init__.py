@@ -1,0 +1,1 @@
+"""Batches to features: towers, the zoo of OpenCLIP's names, checkpoints in and out."""
