@@ -1,0 +1,5 @@
+"""``python -m mmbase``: the command line."""
+
+from mmbase.cli import main
+
+main()

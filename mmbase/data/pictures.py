@@ -1,0 +1,107 @@
+"""A dataset that fits in memory: decoded once, then batched in an order that is a function of seed and epoch.
+
+Letters: N pictures, C channels (4 where a picture has transparency), S side of a picture.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmbase.data.captions import CaptionSampler
+from mmbase.data.collate import Batch, Collator, generator, stack_pictures
+from mmbase.data.image import decode_rgba
+from mmbase.data.shards import Sample
+from mmbase.errors import MmbaseError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Pictures:
+    """A decoded dataset in memory."""
+
+    images: torch.Tensor
+    """uint8 [N, C, S, S]"""
+    fields: list[dict[str, Any]]
+    keys: list[str]
+    skipped: list[str] = field(default_factory=list)
+    """keys that could not be decoded, with the reason"""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def load_pictures(samples: Iterable[Sample], size: int, errors: str = "skip") -> Pictures:
+    """Decode samples into memory as squares of ``size`` pixels.
+
+    Raises:
+        MmbaseError: no sample is left, or ``errors="raise"`` and a picture is broken.
+    """
+    arrays: list[np.ndarray] = []
+    fields: list[dict[str, Any]] = []
+    keys: list[str] = []
+    skipped: list[str] = []
+    for sample in samples:
+        try:
+            arrays.append(decode_rgba(sample.image, size))
+        except MmbaseError as error:
+            if errors == "raise":
+                raise MmbaseError(f"sample {sample.key!r}: {error}") from error
+            skipped.append(f"{sample.key}: {error}")
+            continue
+        fields.append(sample.fields)
+        keys.append(sample.key)
+    if skipped:
+        logger.warning("left out %d pictures that could not be decoded, the first: %s", len(skipped), skipped[0])
+    if not arrays:
+        raise MmbaseError("the shards hold no usable image-caption pair; check data.caption_field and the pictures")
+    return Pictures(stack_pictures(arrays, size), fields, keys, skipped)
+
+
+class MemoryStream:
+    """Batches of a dataset in memory: every sample once an epoch, in an order that is a function of seed and epoch."""
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        captions: CaptionSampler,
+        collator: Collator,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        start: int = 0,
+    ) -> None:
+        if batch_size > len(pictures):
+            raise MmbaseError(
+                f"training.batch_size={batch_size} is larger than the {len(pictures)} training pairs; make it smaller"
+            )
+        self.pictures, self.captions, self.collator = pictures, captions, collator
+        self.batch_size, self.seed, self.position = batch_size, seed, start
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        """Samples of an epoch."""
+        return len(self.pictures)
+
+    def _index(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.pictures))
+        if epoch not in self._orders:
+            self._orders = {epoch: generator(self.seed, epoch).permutation(len(self.pictures))}
+        return int(self._orders[epoch][place])
+
+    def batches(self) -> Iterator[Batch]:
+        """Batches from ``position`` on, without end."""
+        while True:
+            positions = range(self.position, self.position + self.batch_size)
+            rows = [self._index(position) for position in positions]
+            fields = [self.pictures.fields[row] for row in rows]
+            texts = [self.captions(f, generator(self.seed, 1, p)) for f, p in zip(fields, positions)]
+            self.position += self.batch_size
+            keys = [self.pictures.keys[row] for row in rows]
+            yield self.collator(self.pictures.images[rows], texts, fields, keys)

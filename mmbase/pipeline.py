@@ -1,0 +1,158 @@
+"""From a configuration to a finished run, and from a model to its evaluation."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from mmbase.config import RunConfig, load_config, parse_yaml, validate
+from mmbase.data.config import DataConfig
+from mmbase.data.shards import Sample, expand_shards, read_samples
+from mmbase.errors import MmbaseError
+from mmbase.evaluation.card import write_model_card
+from mmbase.evaluation.config import TaskConfig
+from mmbase.evaluation.report import write_report
+from mmbase.evaluation.suite import EvaluationTask
+from mmbase.evaluation.suite import evaluate as run_suite
+from mmbase.model import load
+from mmbase.training.run import train_run
+
+
+def train(config: str | Path | RunConfig, *overrides: str, console: Console | None = None) -> Path:
+    """Train, evaluate, report; the run's folder. The same call resumes a run that was interrupted.
+
+    Args:
+        config: a recipe's name (``emoji``), a YAML file or a configuration.
+        overrides: ``"training.steps=50"`` and the like.
+        console: where progress goes; None for the terminal.
+
+    Raises:
+        MmbaseError: a mistake in the configuration, the data or the folder.
+    """
+    console = console or Console()
+    if not isinstance(config, RunConfig):
+        config = load_config(config, overrides)
+    elif overrides:
+        raise MmbaseError("overrides go with a recipe's name or a YAML file; change the RunConfig itself instead")
+    folder = train_run(config, console)
+    if config.evaluation.tasks:
+        evaluate(folder, device=config.device, console=console)
+    return folder
+
+
+def evaluate(
+    model: str | Path,
+    pretrained: str | None = None,
+    *,
+    recipe: str | Path | None = None,
+    output: str | Path | None = None,
+    device: str = "auto",
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Evaluate a model and write metrics.json, predictions.jsonl, report.html and a model card.
+
+    Args:
+        model: whatever ``mmbase.load`` takes.
+        pretrained: as for ``mmbase.load``.
+        recipe: whose ``evaluation.tasks`` to ask; None: those of the run that ``model`` is.
+        output: folder of the report; None: the run's own.
+        device: where the towers run.
+        console: where results go; None for the terminal.
+
+    Returns:
+        The results: see ``mmbase.evaluation.suite.evaluate``.
+
+    Raises:
+        MmbaseError: no run there and no recipe or output given, or a task without samples.
+    """
+    console = console or Console()
+    resolved = Path(model) / "config.yaml"
+    if (recipe is None or output is None) and not resolved.is_file():
+        raise MmbaseError(
+            f"{str(model)!r} is no run (it has no config.yaml); name a run's folder, or give --recipe and --output"
+        )
+    folder = Path(model if output is None else output)
+    if recipe is None:
+        config = validate(parse_yaml(resolved.read_text(encoding="utf-8"), str(resolved)))
+    else:
+        config = load_config(recipe)
+    if not config.evaluation.tasks:
+        raise MmbaseError(f"{str(recipe or model)!r} has no evaluation.tasks; add some to its recipe")
+    loaded = load(model, pretrained, device=device)
+    with console.status("evaluating"):
+        training = list(read_samples(expand_shards(config.data.shards), config.data.caption_field))
+        tasks = [build_task(task, config.data, training) for task in config.evaluation.tasks]
+        results = run_suite(loaded, tasks, folder, batch_size=config.evaluation.batch_size)
+        sources = provenance(config.data, training) if resolved.is_file() else []
+        write_report(folder, results, tasks, sources=sources)
+        write_model_card(folder, results, sources=sources, licence=config.evaluation.licence, location=str(folder))
+    _print_results(results, folder, console)
+    return results
+
+
+def build_task(task: TaskConfig, data: DataConfig, training: Sequence[Sample]) -> EvaluationTask:
+    """The samples and classes of a configured task; ``split`` refers to what ``data.holdout`` kept out of ``training``.
+
+    Raises:
+        MmbaseError: no sample is left, a sample lacks the label, or a split without a holdout.
+    """
+    samples = list(read_samples(expand_shards(task.shards), data.caption_field))
+    if task.split != "all":
+        if data.holdout is None:
+            raise MmbaseError(f"task {task.name!r} asks for split={task.split} but data.holdout is not set")
+        field, held_out = data.holdout.field, data.holdout.values(s.fields for s in training)
+        samples = [s for s in samples if (str(s.fields.get(field)) in held_out) == (task.split == "held_out")]
+    rows = []
+    for sample in samples:
+        if task.label not in sample.fields:
+            raise MmbaseError(f"sample {sample.key!r} of task {task.name!r} has no field {task.label!r}; set its label")
+        picture = Image.open(io.BytesIO(sample.image))
+        rows.append(
+            {"key": sample.key, "image": picture, "caption": str(sample.fields[task.label]), "meta": sample.fields}
+        )
+    return EvaluationTask(
+        name=task.name,
+        samples=rows,
+        class_names=sorted({row["caption"] for row in rows}),
+        templates=task.templates,
+        breakdown=task.breakdown,
+        retrieval=task.retrieval,
+        title=task.title,
+        description=task.description,
+    )
+
+
+def provenance(data: DataConfig, training: Sequence[Sample]) -> list[dict[str, Any]]:
+    """One row per declared source, with the number of pictures where ``data.source_field`` tells."""
+    counts = Counter(str(s.fields.get(data.source_field)) for s in training) if data.source_field else Counter()
+    rows = []
+    for source in data.sources:
+        row: dict[str, Any] = source.model_dump()
+        if data.source_field:
+            row["pictures"] = counts[source.name]
+        rows.append(row)
+    return rows
+
+
+def _print_results(results: dict[str, Any], folder: Path, console: Console) -> None:
+    table = Table(title="zero-shot accuracy", title_justify="left")
+    for heading in ("task", "classes", "pictures", "top-1", "top-5"):
+        table.add_column(heading, justify="left" if heading == "task" else "right")
+    for task in results["tasks"].values():
+        scores = task["zero_shot"]
+        table.add_row(
+            task["title"],
+            str(scores["classes"]),
+            str(task["samples"]),
+            f"{scores['top1']:.1%}",
+            f"{scores['top5']:.1%}",
+        )
+    console.print(table)
+    console.print(f"report: {folder / 'report.html'}   model card: {folder / 'README.md'}")

@@ -1,0 +1,46 @@
+"""How it is trained. Torch-free."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class TrainingConfig(BaseModel):
+    """The loop, the optimiser and the schedule."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    steps: int = Field(1000, ge=1, description="optimiser steps")
+    batch_size: int = Field(256, ge=1, description="pairs per step: every text is a negative of every other image")
+    learning_rate: float = Field(1e-3, gt=0, description="peak of the schedule")
+    warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
+    final_learning_rate: float = Field(0.0, ge=0, description="where the schedule ends")
+    weight_decay: float = Field(0.2, ge=0, description="of AdamW, on matrices and convolutions")
+    no_decay: list[str] = Field(
+        ["positional_embedding", "class_embedding"],
+        description="parameters whose name holds one of these are not decayed, beside norms, biases and the scale",
+    )
+    betas: tuple[float, float] = Field((0.9, 0.98), description="of AdamW")
+    epsilon: float = Field(1e-6, gt=0, description="of AdamW")
+    gradient_clip: float | None = Field(1.0, gt=0, description="largest global gradient norm; null: no clipping")
+    loss: Literal["softmax", "sigmoid"] = Field("softmax", description="softmax: InfoNCE, CLIP; sigmoid: SigLIP")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="softmax: share of the target spread over the batch")
+    max_logit_scale: float = Field(100.0, gt=0, description="the logit scale is kept at or below this")
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="decay per step of the averaged weights that are evaluated and saved; null: none"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 autocast where the device multiplies bf16 in hardware, else fp32"
+    )
+    log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
+    checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="how many of the newest checkpoints stay")
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> TrainingConfig:
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} exceeds steps={self.steps}; shorten the warm-up")
+        return self
