@@ -221,16 +221,20 @@ def _fields_at(model: type[BaseModel], path: Iterable[str]) -> list[str]:
     for part in path:
         if part.isdigit():
             continue
-        field = model.model_fields.get(part)
-        nested = (
-            [t for t in _leaf_types(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
-            if field
-            else []
-        )
-        if not nested:
+        nested = _nested(model, part)
+        if nested is None:
             return []
-        model = nested[0]
+        model = nested
     return list(model.model_fields)
+
+
+def _nested(model: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The config class of a field, or None; a run's model takes the fields of the towers."""
+    if model is ModelConfig and name in ("vision", "text"):
+        model = CLIPConfig
+    field = model.model_fields.get(name)
+    types = _leaf_types(field.annotation) if field else []
+    return next((t for t in types if isinstance(t, type) and issubclass(t, BaseModel)), None)
 
 
 def _leaf_types(annotation: Any) -> list[Any]:

@@ -92,7 +92,14 @@ def evaluate(
         results = run_suite(loaded, tasks, folder, batch_size=config.evaluation.batch_size)
         sources = provenance(config.data, training) if resolved.is_file() else []
         write_report(folder, results, tasks, sources=sources)
-        write_model_card(folder, results, sources=sources, licence=config.evaluation.licence, location=str(folder))
+        write_model_card(
+            folder,
+            results,
+            sources=sources,
+            licence=config.evaluation.licence,
+            datasets=[source.name for source in config.data.sources] if resolved.is_file() else [],
+            location=f"runs/{folder.name}" if folder.is_absolute() else str(folder),
+        )
     _print_results(results, folder, console)
     return results
 
@@ -146,7 +153,7 @@ def _print_results(results: dict[str, Any], folder: Path, console: Console) -> N
     for heading in ("task", "classes", "pictures", "top-1", "top-5"):
         table.add_column(heading, justify="left" if heading == "task" else "right")
     for task in results["tasks"].values():
-        scores = task["zero_shot"]
+        scores = task["zero_shot"]  # every configured task has classes
         table.add_row(
             task["title"],
             str(scores["classes"]),

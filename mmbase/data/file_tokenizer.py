@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
@@ -91,7 +92,15 @@ class FileTokenizer(Tokenizer):
         return self._library.decode(self.text_ids(ids, {self.sot_id, self.pad_id}), skip_special_tokens=False).strip()
 
     def save(self, folder: str | os.PathLike[str]) -> dict[str, Any]:  # noqa: D102
-        (Path(folder) / "tokenizer.json").write_text(self.content, encoding="utf-8")
+        path = Path(folder) / "tokenizer.json"
+        partial = path.with_name(f".tokenizer.json.{os.getpid()}")  # renamed when whole: a kill leaves no half file
+        try:
+            partial.write_text(self.content, encoding="utf-8")
+            partial.replace(path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise MmbaseError(f"cannot write {str(path)!r}: {error.strerror}; check the folder and the disk") from error
         return self.config | {"path": "tokenizer.json"}
 
     def sample(

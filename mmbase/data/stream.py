@@ -109,7 +109,7 @@ class ShardStream(torch.utils.data.IterableDataset):
                 epoch=epoch - 1,
             )
             count = 0
-            for sample in shuffle(read_samples(shards, self.config.caption_field)):
+            for sample in shuffle.run(read_samples(shards, self.config.caption_field)):
                 if not self._is_held_out(sample):
                     count += 1
                     yield sample

@@ -11,7 +11,7 @@ import yaml
 from mmbase.errors import MmbaseError
 from mmbase.evaluation.facts import RunFacts, gather_facts, source_table
 from mmbase.evaluation.report import duration, milliseconds, percent, timing_name
-from mmbase.evaluation.run_folder import write_atomically
+from mmbase.files import write_atomically
 
 _INTENDED_USE = (
     "Zero-shot classification of pictures by a list of labels, and retrieval between pictures and short texts, on "
@@ -122,7 +122,8 @@ def _environment(facts: RunFacts, results: Mapping[str, Any]) -> str:
         ("Configuration (SHA-256)", facts.config_hash if facts.config else ""),
     ]
     if latency := results.get("latency"):
-        where = f"{latency['device']}, {latency['threads']} threads"
+        plural = "" if latency["threads"] == 1 else "s"
+        where = f"{latency['device']}, {latency['threads']} thread{plural}"
         for key, timing in latency["timings"].items():
             rows.append((f"{timing_name(key)} ({where})", milliseconds(timing["median_ms"])))
     return _table(["What", "Value"], [row for row in rows if row[1]])

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mmbase.evaluation.run_folder import write_atomically
 from mmbase.evaluation.suite import EvaluationTask
 from mmbase.evaluation.thumbnails import as_pil
+from mmbase.files import write_atomically
 
 _PAPER, _TILE, _EDGE, _INK, _MUTED = "#fbfaf8", "#ffffff", "#e4e1da", "#1d1c1a", "#6f6b64"
 _RIGHT, _WRONG = "#14746f", "#c2410c"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mmbase.evaluation.run_folder import write_atomically
+from mmbase.files import write_atomically
 
 # Key in metrics.jsonl -> heading, unit, whether it is noisy enough to be smoothed.
 _CURVES = {

@@ -14,10 +14,10 @@ from mmbase.evaluation.contact_sheet import pick_examples, write_contact_sheet
 from mmbase.evaluation.curves import plot_geometry, read_curves, short_number, write_curves
 from mmbase.evaluation.facts import RunFacts, flatten, gather_facts, source_table
 from mmbase.evaluation.page import PAGE
-from mmbase.evaluation.run_folder import write_atomically
 from mmbase.evaluation.style import STYLE
 from mmbase.evaluation.suite import EvaluationTask
 from mmbase.evaluation.thumbnails import data_url
+from mmbase.files import write_atomically
 
 _DIRECTIONS = (("image_to_text", "picture to text"), ("text_to_image", "text to picture"))
 

@@ -1,10 +1,8 @@
-"""The files of a run folder that evaluation reads and writes. Every write is whole or not at all."""
+"""The files of a run folder that evaluation reads, and JSON as it writes it."""
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,35 +10,6 @@ from typing import Any
 import yaml
 
 from mmbase.errors import MmbaseError
-
-
-def write_atomically(path: str | Path, content: str | bytes) -> Path:
-    """Write ``content`` beside ``path`` and rename it into place, so that no reader meets half a file.
-
-    Raises:
-        MmbaseError: the folder cannot be written (read-only, full disk, not a folder); nothing is left behind.
-    """
-    path = Path(path)
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    temporary: str | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files that only their owner reads; give what an ordinary open() would have given.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        reason = error.strerror or str(error)
-        raise MmbaseError(f"cannot write {path}: {reason}; choose a folder that is writable and has space") from error
-    return path
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -16,9 +16,10 @@ from mmbase.errors import MmbaseError, nearest
 from mmbase.evaluation.latency import measure_latency, model_size
 from mmbase.evaluation.protocol import ImageTextModel
 from mmbase.evaluation.retrieval import retrieval_metrics, unique_captions
-from mmbase.evaluation.run_folder import to_json, write_atomically
+from mmbase.evaluation.run_folder import to_json
 from mmbase.evaluation.templates import resolve_templates
 from mmbase.evaluation.zeroshot import Classifier, ClassNames, resolve_class_names, top_indices, zeroshot_metrics
+from mmbase.files import write_atomically
 
 _KEPT_LABELS = 5
 _RETRIEVAL_EXAMPLES = 8

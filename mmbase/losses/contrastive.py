@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from mmbase_kernels import clip_loss, sigmoid_loss
 from torch import Tensor, nn
+
+from mmbase_kernels import clip_loss, sigmoid_loss
 
 
 class ContrastiveLoss(nn.Module):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mmbase.errors import MmbaseError
-from mmbase.training.optim import WeightAverage
+from mmbase.training.optim import Optimizers, WeightAverage
 
 MODEL_FILE, AVERAGE_FILE, STATE_FILE = "model.safetensors", "average.safetensors", "state.pt"
 
@@ -35,6 +35,9 @@ def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file({name: value.detach().contiguous().cpu() for name, value in weights.items()}, temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # safetensors makes files that only their owner reads
         _sync(temporary)
         temporary.replace(path)
     except Exception as error:  # safetensors raises its own kind for an OSError
@@ -48,7 +51,7 @@ def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
 def save_checkpoint(
     folder: Path,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizers,
     average: WeightAverage | None,
     progress: Progress,
     keep: int,
@@ -104,9 +107,7 @@ def remove_torn(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None
-) -> Progress:
+def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizers, average: WeightAverage | None) -> Progress:
     """Restore everything :func:`save_checkpoint` wrote.
 
     Raises:

@@ -14,10 +14,15 @@ class TrainingConfig(BaseModel):
 
     steps: int = Field(1000, ge=1, description="optimiser steps")
     batch_size: int = Field(256, ge=1, description="pairs per step: every text is a negative of every other image")
-    learning_rate: float = Field(1e-3, gt=0, description="peak of the schedule")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: Muon for matrices and convolutions, AdamW for the rest"
+    )
+    learning_rate: float = Field(1e-3, gt=0, description="of AdamW, at the peak of the schedule")
+    muon_learning_rate: float = Field(0.02, gt=0, description="of Muon, at the peak of the schedule")
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="of Muon")
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
-    final_learning_rate: float = Field(0.0, ge=0, description="where the schedule ends")
+    final_share: float = Field(0.0, ge=0, le=1, description="where the schedule ends, as a share of the peak")
     weight_decay: float = Field(0.2, ge=0, description="of AdamW, on matrices and convolutions")
     no_decay: list[str] = Field(
         ["positional_embedding", "class_embedding"],

@@ -26,7 +26,7 @@ from mmbase.training.checkpoint import (
 )
 from mmbase.training.optim import WeightAverage, build_optimizer
 from mmbase.training.precision import Precision
-from mmbase.training.schedule import learning_rate
+from mmbase.training.schedule import learning_rate_factor
 from mmbase.training.tracker import Tracker
 
 
@@ -79,9 +79,8 @@ def train_loop(
     )
     with tracker:
         for step in range(progress.step, settings.steps):
-            rate = learning_rate(step, settings)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            factor = learning_rate_factor(step, settings)
+            optimizer.scale_learning_rates(factor)
 
             # Patch dropout and stochastic depth draw from torch's own generator: made a function of the step too.
             torch.manual_seed(int(generator(config.seed, 4, step).integers(1 << 62)))
@@ -90,7 +89,7 @@ def train_loop(
                 output = model(batch["image"], batch["text"])
             loss = compute_loss(**output, image_ids=batch["caption_id"], text_ids=batch["caption_id"])
 
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip or math.inf)
             optimizer.step()
@@ -105,7 +104,7 @@ def train_loop(
                     done,
                     done * settings.batch_size,
                     loss=loss.detach(),
-                    learning_rate=rate,
+                    learning_rate=factor * settings.learning_rate,
                     logit_scale=output["logit_scale"].detach(),
                     gradient_norm=norm,
                 )

@@ -1,28 +1,94 @@
-"""AdamW with the right groups, and the average of weights."""
+"""Which optimiser takes which parameters, and the average of weights."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
 from mmbase.training.config import TrainingConfig
+from mmbase.training.muon import Muon
+from mmbase.training.precision import has_amx
 
 
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """Fused AdamW over the parameters that require gradients: matrices and convolutions decayed, the rest not."""
-    decayed, plain = [], []
+class Optimizers:
+    """Several optimisers as one: each has its own parameters, all follow one schedule."""
+
+    def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
+        self.parts = parts
+        for group in self.groups():
+            group["initial_lr"] = group["lr"]
+
+    def groups(self) -> Iterator[dict[str, Any]]:
+        """The parameter groups of all parts."""
+        for part in self.parts:
+            yield from part.param_groups
+
+    def scale_learning_rates(self, factor: float) -> None:
+        """Set every learning rate to ``factor`` times its peak."""
+        for group in self.groups():
+            group["lr"] = group["initial_lr"] * factor
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        """Update all parameters."""
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """The parts' states."""
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        """Restore what :meth:`state_dict` gave."""
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizers:
+    """Fused AdamW over all trained parameters, or with ``optimizer="muon"`` Muon over the hidden matrices.
+
+    AdamW decays matrices and convolutions, but not what ``no_decay`` names nor anything of one dimension. Muon never
+    takes embeddings (they are look-ups, not maps) nor what ``no_decay`` names.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    decayed, plain, hidden = [], [], []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            exempt = parameter.ndim < 2 or any(part in name for part in config.no_decay)
+        if not parameter.requires_grad:
+            continue
+        exempt = parameter.ndim < 2 or any(part in name for part in config.no_decay)
+        if config.optimizer == "muon" and not exempt and id(parameter) not in embeddings:
+            hidden.append(parameter)
+        else:
             (plain if exempt else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.epsilon,
-        fused=True,
-    )
+    parts: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=config.learning_rate,
+            betas=config.betas,
+            eps=config.epsilon,
+            fused=True,
+        )
+    ]
+    if hidden:
+        fast = hidden[0].is_cuda or has_amx()
+        parts.append(
+            Muon(
+                hidden,
+                lr=config.muon_learning_rate,
+                momentum=config.muon_momentum,
+                weight_decay=config.weight_decay,
+                dtype=torch.bfloat16 if fast else torch.float32,
+            )
+        )
+    return Optimizers(parts)
 
 
 class WeightAverage:

@@ -53,11 +53,12 @@ def choose_precision(name: str, device: torch.device) -> Precision:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Precision(torch.bfloat16, "the GPU multiplies bf16 in hardware")
         return Precision(None, "the GPU has no bf16")
-    if device.type == "cpu" and _has_amx():
+    if device.type == "cpu" and has_amx():
         return Precision(torch.bfloat16, "the CPU multiplies bf16 tiles in hardware (AMX)")
     return Precision(None, f"no fast bf16 on this {device.type}")
 
 
-def _has_amx() -> bool:
+def has_amx() -> bool:
+    """Whether this CPU multiplies bfloat16 tiles in hardware."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.12
     return bool(capabilities.get("amx_bf16"))

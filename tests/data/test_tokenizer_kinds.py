@@ -174,6 +174,14 @@ def test_a_foreign_tokenizer_file_with_padding_and_template(tmp_path):
         tokenizer.sample(["a"], [0])
 
 
+def test_saving_is_all_or_nothing(captions, tmp_path):
+    made = train_tokenizer(captions, 300)
+    made.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
+    with pytest.raises(MmbaseError, match=r"cannot write '.*missing/tokenizer\.json': No such file"):
+        made.save(tmp_path / "missing")
+
+
 def test_load_tokenizer_accepts_what_a_user_writes(captions, tmp_path):
     made = train_tokenizer(captions, 300)
     made.save(tmp_path)

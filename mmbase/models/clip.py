@@ -1,0 +1,75 @@
+"""The whole model: two towers, one embedding space, a learnt temperature.
+
+Shapes: B batch, C channels, H/W pixels, T tokens, E embedding width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmbase.models.config import CLIPConfig
+from mmbase.models.text import TextTransformer
+from mmbase.models.vision import VisionTransformer
+
+__all__ = ["CLIP", "CLIPConfig"]
+
+
+class CLIP(nn.Module):
+    """Contrastive image-text model (CLIP, arXiv:2103.00020; SigLIP, arXiv:2303.15343).
+
+    ``logit_scale`` is kept as a logarithm; `forward` returns its exponential.
+    """
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual = VisionTransformer(config.vision, config.embed_dim)
+        self.text = TextTransformer(config.text, config.embed_dim)
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.init_logit_scale)))
+        self.logit_bias = None
+        if config.init_logit_bias is not None:
+            self.logit_bias = nn.Parameter(torch.tensor(float(config.init_logit_bias)))
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of the features."""
+        return self.config.embed_dim
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the input in pixels."""
+        return self.config.vision.image_hw
+
+    @property
+    def context_length(self) -> int:
+        """Longest text in tokens."""
+        return self.config.text.context_length
+
+    def encode_image(self, image_BCHW: Tensor, normalize: bool = False) -> Tensor:
+        """Features_BE of normalised pixels; unit length with ``normalize``."""
+        features_BE = self.visual(image_BCHW)
+        return F.normalize(features_BE, dim=-1) if normalize else features_BE
+
+    def encode_text(self, text_BT: Tensor, normalize: bool = False) -> Tensor:
+        """Features_BE of token ids; unit length with ``normalize``."""
+        features_BE = self.text(text_BT)
+        return F.normalize(features_BE, dim=-1) if normalize else features_BE
+
+    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> dict[str, Tensor]:
+        """Features of unit length and the scale they are to be multiplied with.
+
+        Returns:
+            image_features and text_features (of what was given), logit_scale (exponentiated, a scalar) and, in a
+            model that has one, logit_bias: OpenCLIP's names, so its losses take the dict as keyword arguments.
+        """
+        out = {}
+        if image is not None:
+            out["image_features"] = self.encode_image(image, normalize=True)
+        if text is not None:
+            out["text_features"] = self.encode_text(text, normalize=True)
+        out["logit_scale"] = self.logit_scale.exp()
+        if self.logit_bias is not None:
+            out["logit_bias"] = self.logit_bias
+        return out

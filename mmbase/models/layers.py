@@ -1,0 +1,344 @@
+"""Layers of both towers. Attention is called here and nowhere else.
+
+Shapes: B batch, N tokens, M query tokens, H heads, D head width (after an H) or model width, K kept tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mmbase.models.config import Activation
+
+
+def attention(qkv_BN3HD: Tensor, *, causal: bool = False, keep_BN: Tensor | None = None) -> Tensor:
+    """Scaled dot-product self-attention on packed queries, keys and values: softmax(QKᵀ/√D)V.
+
+    Args:
+        qkv_BN3HD: packed projections, any floating dtype.
+        causal: token i attends to tokens 0..i only.
+        keep_BN: True for keys that may be attended to; None for all. Every query needs one such key in reach.
+
+    Returns:
+        out_BNHD in the dtype of the input.
+    """
+    q_BHND, k_BHND, v_BHND = qkv_BN3HD.permute(2, 0, 3, 1, 4).unbind(0)
+    return _attend(q_BHND, k_BHND, v_BHND, causal=causal, keep_BN=keep_BN).transpose(1, 2)
+
+
+def cross_attention(q_BMHD: Tensor, k_BNHD: Tensor, v_BNHD: Tensor, *, keep_BN: Tensor | None = None) -> Tensor:
+    """Attention of few queries over many tokens (pooling); returns out_BMHD. ``keep_BN`` as in `attention`."""
+    q_BHMD, k_BHND, v_BHND = (x.transpose(1, 2) for x in (q_BMHD, k_BNHD, v_BNHD))
+    return _attend(q_BHMD, k_BHND, v_BHND, causal=False, keep_BN=keep_BN).transpose(1, 2)
+
+
+def _attend(q_BHMD: Tensor, k_BHND: Tensor, v_BHND: Tensor, *, causal: bool, keep_BN: Tensor | None) -> Tensor:
+    mask = None if keep_BN is None else keep_BN[:, None, None, :]
+    half_on_cpu = q_BHMD.device.type == "cpu" and q_BHMD.dtype != torch.float32 and k_BHND.shape[2] <= 1024
+    if half_on_cpu and torch.is_grad_enabled() and q_BHMD.requires_grad:
+        # backward of torch's fused CPU kernel takes three to six times as long as these products
+        return _attend_unfused(q_BHMD, k_BHND, v_BHND, _combine(mask, causal, q_BHMD))
+    if mask is not None and causal:
+        mask, causal = _combine(mask, causal, q_BHMD), False
+    return F.scaled_dot_product_attention(q_BHMD, k_BHND, v_BHND, attn_mask=mask, is_causal=causal)
+
+
+def _attend_unfused(q_BHMD: Tensor, k_BHND: Tensor, v_BHND: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention as two batched products and a softmax; scores are kept in the dtype of the input."""
+    (batch, heads, queries, width), keys = q_BHMD.shape, k_BHND.shape[2]
+    q, k, v = q_BHMD.flatten(0, 1), k_BHND.flatten(0, 1), v_BHND.flatten(0, 1)
+    bias = q.new_zeros(1)
+    if mask is not None:
+        bias = q.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
+        bias = bias.expand(batch, heads, -1, -1).flatten(0, 1) if bias.shape[0] > 1 else bias[0]
+    scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=width**-0.5)
+    return torch.bmm(scores.softmax(dim=-1), v).view(batch, heads, queries, -1)
+
+
+def _combine(mask: Tensor | None, causal: bool, q_BHMD: Tensor) -> Tensor | None:
+    """Boolean mask, True where attention is allowed, of a key mask and causality."""
+    if not causal:
+        return mask
+    n = q_BHMD.shape[2]
+    causal_11MN = torch.ones(1, 1, n, n, dtype=torch.bool, device=q_BHMD.device).tril()
+    return causal_11MN if mask is None else mask & causal_11MN
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """GELU, its tanh approximation, or OpenAI CLIP's x·σ(1.702x)."""
+    if activation == "quick_gelu":
+        return F.silu(1.702 * x) / 1.702  # the same function, with fewer tensors kept for backward
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def draw_normal(weight: Tensor, std: float) -> None:
+    """Fill with draws from N(0, std²). Tensors on the meta device are left alone: there, torch would load its compiler."""
+    if not weight.is_meta:
+        nn.init.normal_(weight, std=std)
+
+
+def normal_parameter(*shape: int, std: float) -> nn.Parameter:
+    """A parameter drawn from N(0, std²)."""
+    parameter = nn.Parameter(torch.empty(*shape))
+    draw_normal(parameter, std)
+    return parameter
+
+
+class Linear(nn.Linear):
+    """Linear layer that draws its weight from N(0, std²) and zeroes its bias: initialised once, not twice."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = True, std: float) -> None:
+        self.std = std
+        super().__init__(in_features, out_features, bias=bias)
+
+    def reset_parameters(self) -> None:
+        """Draw the weight anew."""
+        draw_normal(self.weight, self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class Embedding(nn.Embedding):
+    """Embedding table drawn from N(0, std²)."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, *, std: float) -> None:
+        self.std = std
+        super().__init__(num_embeddings, embedding_dim)
+
+    def reset_parameters(self) -> None:
+        """Draw the table anew."""
+        draw_normal(self.weight, self.std)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm whose output has the dtype of its input, also under autocast (as OpenCLIP's)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise over the last axis."""
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
+
+
+class LayerScale(nn.Module):
+    """Learnt per-channel scale of a residual branch (CaiT, arXiv:2103.17239)."""
+
+    def __init__(self, width: int, init: float) -> None:
+        super().__init__()
+        self.init = init
+        self.gamma = nn.Parameter(torch.full((width,), init))
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """Scale each channel."""
+        return x_BND * self.gamma.to(x_BND.dtype)
+
+
+class DropPath(nn.Module):
+    """Drop a residual branch for whole samples in training (stochastic depth, arXiv:1603.09382)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zero some samples and scale up the others, so that the expectation stays."""
+        if not self.training or self.rate == 0.0:
+            return x
+        keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= self.rate
+        return x * keep.to(x.dtype).div(1.0 - self.rate)
+
+
+class PatchDropout(nn.Module):
+    """Keep a random subset of the patches of each image in training (FLIP, arXiv:2212.00794).
+
+    Draws from torch's global generator of the input's device, so it repeats where that generator's state repeats.
+    It sees patches only: a class token is prepended later and so is always kept.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """Return x_BKD with K = max(1, ⌊N·(1 - rate)⌋) patches per image; all of them in eval mode."""
+        if not self.training or self.rate == 0.0:
+            return x_BND
+        batch, tokens, width = x_BND.shape
+        keep = max(1, int(tokens * (1.0 - self.rate)))
+        index_BK = torch.rand(batch, tokens, device=x_BND.device).topk(keep, dim=1).indices
+        return x_BND.gather(1, index_BK[:, :, None].expand(-1, -1, width))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one packed projection [B, N, 3, H, D]."""
+
+    def __init__(self, width: int, heads: int, *, out_std: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = Linear(width, 3 * width, std=width**-0.5)
+        self.proj = Linear(width, width, std=out_std)
+
+    def forward(
+        self, x_BND: Tensor, *, causal: bool = False, keep_BN: Tensor | None = None, token: Tensor | int | None = None
+    ) -> Tensor:
+        """Attend; with ``token`` only that token of each row asks, and the result is x_B1D."""
+        qkv_BN3HD = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1))
+        if token is None:
+            out_BNHD = attention(qkv_BN3HD, causal=causal, keep_BN=keep_BN)
+        else:
+            q_BNHD, k_BNHD, v_BNHD = qkv_BN3HD.unbind(2)
+            if causal:
+                last_B1 = token[:, None] if isinstance(token, Tensor) else token
+                before_BN = (torch.arange(x_BND.shape[1], device=x_BND.device) <= last_B1).expand(x_BND.shape[:2])
+                keep_BN = before_BN if keep_BN is None else keep_BN & before_BN
+            out_BNHD = cross_attention(take_token(q_BNHD, token), k_BNHD, v_BNHD, keep_BN=keep_BN)
+        return self.proj(out_BNHD.flatten(2))
+
+
+class MLP(nn.Module):
+    """Two linear layers with an activation between."""
+
+    def __init__(self, width: int, hidden: int, activation: Activation, *, in_std: float, out_std: float) -> None:
+        super().__init__()
+        self.activation: Activation = activation
+        self.fc1 = Linear(width, hidden, std=in_std)
+        self.fc2 = Linear(hidden, width, std=out_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map the last axis."""
+        return self.fc2(activate(self.fc1(x), self.activation))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + MLP(norm(x))."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        activation: Activation = "gelu",
+        *,
+        norm_eps: float = 1e-5,
+        layer_scale: float | None = None,
+        drop_path: float = 0.0,
+        dropout: float = 0.0,
+        depth: int = 12,
+    ) -> None:
+        """``depth`` is the number of blocks in the tower: residual branches start smaller in deeper ones (GPT-2)."""
+        super().__init__()
+        branch_std = width**-0.5 * (2 * depth) ** -0.5
+        self.norm1 = LayerNorm(width, eps=norm_eps)
+        self.attn = Attention(width, heads, out_std=branch_std)
+        self.norm2 = LayerNorm(width, eps=norm_eps)
+        self.mlp = MLP(width, int(width * mlp_ratio), activation, in_std=(2 * width) ** -0.5, out_std=branch_std)
+        self.branch1 = _branch(width, layer_scale, dropout, drop_path)
+        self.branch2 = _branch(width, layer_scale, dropout, drop_path)
+
+    def forward(
+        self, x_BND: Tensor, *, causal: bool = False, keep_BN: Tensor | None = None, token: Tensor | int | None = None
+    ) -> Tensor:
+        """Return x_BND, or with ``token`` only that token of each row, x_B1D, which is all that pooling needs."""
+        attended = self.attn(self.norm1(x_BND), causal=causal, keep_BN=keep_BN, token=token)
+        if token is not None:
+            x_BND = take_token(x_BND, token)
+        x_BND = x_BND + self.branch1(attended)
+        return x_BND + self.branch2(self.mlp(self.norm2(x_BND)))
+
+
+class Transformer(nn.Module):
+    """A stack of blocks."""
+
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        activation: Activation = "gelu",
+        *,
+        norm_eps: float = 1e-5,
+        layer_scale: float | None = None,
+        drop_path: float = 0.0,
+        dropout: float = 0.0,
+        checkpoint_activations: bool = False,
+    ) -> None:
+        super().__init__()
+        self.checkpoint_activations = checkpoint_activations
+        self.blocks = nn.ModuleList(
+            Block(
+                width,
+                heads,
+                mlp_ratio,
+                activation,
+                norm_eps=norm_eps,
+                layer_scale=layer_scale,
+                drop_path=drop_path * i / max(1, layers - 1),
+                dropout=dropout,
+                depth=layers,
+            )
+            for i in range(layers)
+        )
+
+    def forward(
+        self, x_BND: Tensor, *, causal: bool = False, keep_BN: Tensor | None = None, token: Tensor | int | None = None
+    ) -> Tensor:
+        """Run the blocks.
+
+        Args:
+            x_BND: tokens.
+            causal: attend to earlier tokens only.
+            keep_BN: True for tokens that may be attended to.
+            token: position of the one token of each row that is wanted, one for all rows or one each. The last block then computes no other, which saves
+                three quarters of it, and x_B1D is returned.
+        """
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            wanted = token if i == last else None
+            if self.checkpoint_activations and self.training:
+                x_BND = checkpoint(block, x_BND, causal=causal, keep_BN=keep_BN, token=wanted, use_reentrant=False)
+            else:
+                x_BND = block(x_BND, causal=causal, keep_BN=keep_BN, token=wanted)
+        return take_token(x_BND, token) if last < 0 and token is not None else x_BND
+
+
+class AttentionPool(nn.Module):
+    """Multi-head attention pooling with one learnt query, then a residual MLP: SigLIP's MAP head (arXiv:2303.15343)."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, activation: Activation, *, norm_eps: float) -> None:
+        super().__init__()
+        std = width**-0.5
+        self.heads = heads
+        self.query = normal_parameter(width, std=std)
+        self.q = Linear(width, width, std=std)
+        self.kv = Linear(width, 2 * width, std=std)
+        self.proj = Linear(width, width, std=std)
+        self.norm = LayerNorm(width, eps=norm_eps)
+        self.mlp = MLP(width, int(width * mlp_ratio), activation, in_std=(2 * width) ** -0.5, out_std=std)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """Pool x_BND to x_BD."""
+        q_1HD = self.q(self.query).unflatten(-1, (1, self.heads, -1))
+        k_BNHD, v_BNHD = self.kv(x_BND).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        q_BMHD = q_1HD.expand(x_BND.shape[0], -1, -1, -1)
+        x_BD = self.proj(cross_attention(q_BMHD, k_BNHD, v_BNHD).flatten(1))
+        return x_BD + self.mlp(self.norm(x_BD))
+
+
+def take_token(x_BN: Tensor, token: Tensor | int) -> Tensor:
+    """Pick one token of each row along axis 1, keeping the axis: [B, N, ...] -> [B, 1, ...]."""
+    if isinstance(token, Tensor):
+        return x_BN[torch.arange(x_BN.shape[0], device=x_BN.device), token].unsqueeze(1)
+    return x_BN.narrow(1, token, 1)
+
+
+def _branch(width: int, layer_scale: float | None, dropout: float, drop_path: float) -> nn.Sequential:
+    """What a residual branch passes through before it is added: nothing, in most models."""
+    parts = nn.Sequential()
+    if layer_scale is not None:
+        parts.add_module("scale", LayerScale(width, layer_scale))
+    if dropout:
+        parts.add_module("dropout", nn.Dropout(dropout))
+    if drop_path:
+        parts.add_module("drop_path", DropPath(drop_path))
+    return parts
