@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import json
 import os
@@ -157,7 +158,7 @@ def models(
     if not entries:
         raise MmbaseError(f"no model's name contains {contains!r}; `mmbase models` lists all")
     if as_json:
-        typer.echo(json.dumps([entry._asdict() for entry in entries], indent=2))
+        typer.echo(json.dumps([dataclasses.asdict(entry) for entry in entries], indent=2))
         return
     width = max(len(entry.name) for entry in entries)
     for entry in entries:

@@ -6,6 +6,8 @@ Letters: B images or texts, D embedding width.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from mmbase.data.image import PreprocessConfig, eval_transform, normalise, open_image
 from mmbase.data.tokenizer import Tokenizer
-from mmbase.errors import MmbaseError
+from mmbase.errors import MmbaseError, nearest
 from mmbase.evaluation.zeroshot import Classifier, ClassNames
 from mmbase.models.config import CLIPConfig
 from mmbase.training.checkpoint import AVERAGE_FILE, MODEL_FILE, list_checkpoints
@@ -148,6 +150,39 @@ class ImageTextModel:
         classifier = self.classifier(labels, templates)
         predicted = classifier.predict(_image_list(images), k or len(classifier.labels))
         return predicted[0] if single else predicted
+
+    def export(self, format: str, folder: str | Path) -> Path:
+        """Write a folder that another library loads with equal features.
+
+        Args:
+            format: ``openclip`` (``open_clip.create_model("local-dir:FOLDER")``) or ``huggingface``
+                (``transformers.CLIPModel.from_pretrained(FOLDER)``).
+            folder: where; must not hold files yet.
+
+        Raises:
+            MmbaseError: a model with parts that the format has no words for (named), or a folder in use.
+        """
+        from mmbase.models.clip import CLIP
+        from mmbase.models.huggingface import save_huggingface
+        from mmbase.models.openclip import save_openclip
+
+        writers = {"openclip": save_openclip, "huggingface": save_huggingface}
+        if format not in writers:
+            raise MmbaseError(f"unknown export format {format!r}{nearest(format, writers)} (openclip or huggingface)")
+        if not isinstance(self.module, CLIP):
+            raise MmbaseError(f"{self.name!r} runs through OpenCLIP's own model already; only native models are exported")
+        folder = Path(folder)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise MmbaseError(f"{str(folder)!r} exists and is not empty; choose another --output")
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+        try:
+            writers[format](self.module, temporary, self.preprocess_config.model_dump(mode="json"), self.tokenizer.config)
+            temporary.replace(folder)
+        except OSError as error:
+            raise MmbaseError(f"cannot write {str(folder)!r}: {error.strerror}; choose another --output") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return folder
 
 
 def load(source: str | Path, pretrained: str | Path | None = None, *, device: str = "auto") -> ImageTextModel:

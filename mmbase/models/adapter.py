@@ -31,7 +31,7 @@ class OpenClipAdapter(nn.Module):
         """
         super().__init__()
         self.model_cfg = copy.deepcopy(model_cfg)
-        self.model = _build_openclip(model_cfg)
+        self.model: Any = _build_openclip(model_cfg)
         self.embed_dim: int = model_cfg["embed_dim"]
         size = model_cfg["vision_cfg"].get("image_size", 224)
         self.image_size: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[1])
@@ -58,8 +58,8 @@ class OpenClipAdapter(nn.Module):
             out["logit_bias"] = self.model.logit_bias
         return out
 
-    def load_file(self, path: str | Path) -> None:
-        """Load an OpenCLIP state dict from a ``.pt`` or ``.safetensors`` file.
+    def load_file(self, path: str | Path) -> OpenClipAdapter:
+        """Load an OpenCLIP state dict from a ``.pt`` or ``.safetensors`` file; returns the adapter itself.
 
         Raises:
             MmbaseError: no such file, an unsafe or damaged one, or another model's weights.
@@ -70,7 +70,8 @@ class OpenClipAdapter(nn.Module):
         try:
             load_checkpoint(self.model, str(path), weights_only=True)
         except (RuntimeError, KeyError, AttributeError, AssertionError) as error:
-            raise MmbaseError(f"{str(path)!r} does not fit this model: {_first_lines(error)}") from error
+            raise MmbaseError(f"{str(path)!r} does not fit this model: {_one_line(error)}") from error
+        return self
 
 
 def _build_openclip(model_cfg: dict[str, Any]) -> nn.Module:
@@ -94,9 +95,9 @@ def _build_openclip(model_cfg: dict[str, Any]) -> nn.Module:
             "folder that holds it in text_cfg.hf_model_name"
         ) from error
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise MmbaseError(f"open_clip cannot build this model: {_first_lines(error)}") from error
+        raise MmbaseError(f"open_clip cannot build this model: {_one_line(error)}") from error
 
 
-def _first_lines(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     """The message of an error in one line, without the tail of long lists."""
     return " ".join((str(error).strip() or type(error).__name__).split())[:300]

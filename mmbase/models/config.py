@@ -22,6 +22,7 @@ class TowerConfig(BaseModel):
     activation: Activation = Field("gelu", description="MLP activation: gelu, gelu_tanh or quick_gelu (OpenAI CLIP)")
     norm_eps: float = Field(1e-5, gt=0, description="Epsilon of every LayerNorm")
     layer_scale: float | None = Field(None, description="Initial value of per-channel residual scales; null for none")
+    branch_init: float = Field(1.0, ge=0, description="Initial scale of what blocks add, times CLIP's; 0: identity")
     drop_path: float = Field(0.0, ge=0, lt=1, description="Stochastic depth of the last block, rising linearly from 0")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on embeddings and on each residual branch")
     projection: bool = Field(True, description="Project pooled features linearly to embed_dim")

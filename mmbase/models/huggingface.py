@@ -161,7 +161,7 @@ def preprocess_of_folder(folder: str | Path, image_size: tuple[int, int]) -> dic
     """Our preprocessing from ``preprocessor_config.json``; CLIP's own where there is none."""
     path = Path(folder) / "preprocessor_config.json"
     given = _read_json(path) if path.is_file() else {}
-    kept = {ours: tuple(given[theirs]) for ours, theirs in (("mean", "image_mean"), ("std", "image_std")) if theirs in given}
+    kept: dict[str, Any] = {key: tuple(given[f"image_{key}"]) for key in ("mean", "std") if f"image_{key}" in given}
     filters = {number: name for name, number in RESAMPLE.items()}
     if given.get("resample") in filters:
         kept["interpolation"] = filters[given["resample"]]
@@ -268,7 +268,9 @@ def _check_expressible(config: CLIPConfig) -> None:
 
 
 def _no_equivalent(field: str, value: object) -> MmbaseError:
-    return MmbaseError(f"{field}={value!r} has no equivalent in transformers.CLIPModel; keep this model in mmbase's format")
+    return MmbaseError(
+        f"{field}={value!r} has no equivalent in transformers.CLIPModel; keep this model in mmbase's format"
+    )
 
 
 def _tower(tower: VisionConfig | TextConfig) -> dict[str, Any]:
@@ -314,8 +316,8 @@ def _image_processor(preprocess: dict[str, Any], image_size: tuple[int, int]) ->
 
 def _write_clip_tokenizer(folder: Path, context_length: int) -> None:
     """``vocab.json`` and ``merges.txt`` from the vocabulary file that OpenCLIP ships."""
-    lines = gzip.open(openclip_package() / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8").read().split("\n")
-    merges = lines[1 : CLIP_VOCABULARY - 256 * 2 - 2 + 1]
+    packed = (openclip_package() / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
+    merges = gzip.decompress(packed).decode("utf-8").split("\n")[1 : CLIP_VOCABULARY - 256 * 2 - 2 + 1]
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     symbols = [chr(byte) for byte in printable] + [chr(256 + n) for n in range(len(others))]

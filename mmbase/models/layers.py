@@ -47,7 +47,7 @@ def _attend(q_BHMD: Tensor, k_BHND: Tensor, v_BHND: Tensor, *, causal: bool, kee
 
 def _attend_unfused(q_BHMD: Tensor, k_BHND: Tensor, v_BHND: Tensor, mask: Tensor | None) -> Tensor:
     """Attention as two batched products and a softmax; scores are kept in the dtype of the input."""
-    (batch, heads, queries, width), keys = q_BHMD.shape, k_BHND.shape[2]
+    batch, heads, queries, width = q_BHMD.shape
     q, k, v = q_BHMD.flatten(0, 1), k_BHND.flatten(0, 1), v_BHND.flatten(0, 1)
     bias = q.new_zeros(1)
     if mask is not None:
@@ -74,7 +74,7 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
 
 
 def draw_normal(weight: Tensor, std: float) -> None:
-    """Fill with draws from N(0, std²). Tensors on the meta device are left alone: there, torch would load its compiler."""
+    """Fill with draws from N(0, std²). Tensors on the meta device stay: torch would load its compiler for them."""
     if not weight.is_meta:
         nn.init.normal_(weight, std=std)
 
@@ -115,9 +115,9 @@ class Embedding(nn.Embedding):
 class LayerNorm(nn.LayerNorm):
     """LayerNorm whose output has the dtype of its input, also under autocast (as OpenCLIP's)."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Normalise over the last axis."""
-        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
+        return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps).to(input.dtype)
 
 
 class LayerScale(nn.Module):
@@ -224,10 +224,14 @@ class Block(nn.Module):
         drop_path: float = 0.0,
         dropout: float = 0.0,
         depth: int = 12,
+        branch_init: float = 1.0,
     ) -> None:
-        """``depth`` is the number of blocks in the tower: residual branches start smaller in deeper ones (GPT-2)."""
+        """``depth`` is the number of blocks in the tower: residual branches start smaller in deeper ones (GPT-2).
+
+        ``branch_init`` scales their last layers further; with 0 the block starts as the identity.
+        """
         super().__init__()
-        branch_std = width**-0.5 * (2 * depth) ** -0.5
+        branch_std = branch_init * width**-0.5 * (2 * depth) ** -0.5
         self.norm1 = LayerNorm(width, eps=norm_eps)
         self.attn = Attention(width, heads, out_std=branch_std)
         self.norm2 = LayerNorm(width, eps=norm_eps)
@@ -261,6 +265,7 @@ class Transformer(nn.Module):
         layer_scale: float | None = None,
         drop_path: float = 0.0,
         dropout: float = 0.0,
+        branch_init: float = 1.0,
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
@@ -276,6 +281,7 @@ class Transformer(nn.Module):
                 drop_path=drop_path * i / max(1, layers - 1),
                 dropout=dropout,
                 depth=layers,
+                branch_init=branch_init,
             )
             for i in range(layers)
         )
@@ -289,8 +295,8 @@ class Transformer(nn.Module):
             x_BND: tokens.
             causal: attend to earlier tokens only.
             keep_BN: True for tokens that may be attended to.
-            token: position of the one token of each row that is wanted, one for all rows or one each. The last block then computes no other, which saves
-                three quarters of it, and x_B1D is returned.
+            token: position of the one token of each row that is wanted, one for all rows or one each. The last block
+                then computes no other, which saves three quarters of it, and x_B1D is returned.
         """
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):

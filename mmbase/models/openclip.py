@@ -62,7 +62,7 @@ def to_openclip(model: CLIP, tokenizer: dict[str, Any] | None = None) -> tuple[d
 
 
 def to_openclip_state(model: CLIP) -> StateDict:
-    """Our weights under OpenCLIP's names: ``CLIP`` layout, or ``CustomTextCLIP`` with timm's names for a SigLIP model."""
+    """Our weights under OpenCLIP's names: the ``CLIP`` layout; for SigLIP ``CustomTextCLIP``'s, with timm's names."""
     return to_theirs(model, openclip_table(model.config, custom_text=model.config.vision.pool == "attention"))
 
 

@@ -1,15 +1,15 @@
 """OpenCLIP's model configs and ours, both ways. Torch-free.
 
 OpenCLIP describes a model by ``embed_dim``, ``vision_cfg``, ``text_cfg`` and a few flags (the files of its
-``model_configs`` folder, and ``model_cfg`` in an ``open_clip_config.json``). Our towers cover its own ViTs with CLIP-style
-text, and SigLIP's ViTs, which it builds from timm by name.
+``model_configs`` folder, and ``model_cfg`` in an ``open_clip_config.json``). Our towers cover its own ViTs with
+CLIP-style text, and SigLIP's ViTs, which it builds from timm by name.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -65,7 +65,15 @@ def _siglip_towers() -> dict[str, SiglipTower]:
 
 SIGLIP_TOWERS = _siglip_towers()
 
-CUSTOM_BLOCK = ("block_type", "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
+CUSTOM_BLOCK = (
+    "block_type",
+    "qk_norm",
+    "scaled_cosine_attn",
+    "scale_heads",
+    "scale_attn_inner",
+    "scale_attn",
+    "scale_fc",
+)
 TOP_KEYS = {
     "embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale", "init_logit_bias", "nonscalar_logit_scale",
     "custom_text", "multimodal_cfg",
@@ -82,7 +90,12 @@ TEXT_KEYS = {
     "pool_type", "proj_bias", "proj_type", "output_tokens", "act_kwargs", "norm_kwargs", "hf_model_name",
     "hf_model_pretrained", "hf_proj_type", "hf_pooler_type", *CUSTOM_BLOCK,
 }  # fmt: skip
-TEXT_POOLS = {"argmax": "eot", "eos": "eos", "last": "last", "first": "first"}
+TEXT_POOLS: dict[str, Literal["eot", "eos", "last", "first"]] = {
+    "argmax": "eot",
+    "eos": "eos",
+    "last": "last",
+    "first": "first",
+}
 
 
 def from_openclip_config(model_cfg: dict[str, Any]) -> CLIPConfig:
@@ -95,7 +108,7 @@ def from_openclip_config(model_cfg: dict[str, Any]) -> CLIPConfig:
     _check_keys(model_cfg)
     vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
     _check_covered(model_cfg, vision, text)
-    activation = "quick_gelu" if model_cfg.get("quick_gelu") else "gelu"
+    activation: Activation = "quick_gelu" if model_cfg.get("quick_gelu") else "gelu"
     try:
         return CLIPConfig(
             embed_dim=model_cfg["embed_dim"],
@@ -167,11 +180,7 @@ def _check_covered(model_cfg: dict[str, Any], vision: dict[str, Any], text: dict
     if text.get("hf_model_name"):
         raise NotCovered(f"Hugging Face text tower {text['hf_model_name']}")
     timm = vision.get("timm_model_name")
-    if timm and (
-        timm not in SIGLIP_TOWERS
-        or vision.get("timm_pool") != "map"
-        or vision.get("timm_proj") != "none"
-    ):
+    if timm and (timm not in SIGLIP_TOWERS or vision.get("timm_pool") != "map" or vision.get("timm_proj") != "none"):
         raise NotCovered(f"timm image tower {timm}")
     if isinstance(vision.get("layers"), list | tuple):
         raise NotCovered("ResNet image tower")
@@ -191,7 +200,7 @@ def _check_covered(model_cfg: dict[str, Any], vision: dict[str, Any], text: dict
         raise NotCovered(f"text pooling {text['pool_type']!r}")
 
 
-def _activation(section: dict[str, Any], default: str) -> str:
+def _activation(section: dict[str, Any], default: Activation) -> Activation:
     tanh = (section.get("act_kwargs") or {}).get("approximate") == "tanh"
     return "gelu_tanh" if tanh and default == "gelu" else default
 
@@ -200,7 +209,7 @@ def _eps(section: dict[str, Any]) -> float:
     return (section.get("norm_kwargs") or {}).get("eps", 1e-5)
 
 
-def _vision(vision: dict[str, Any], activation: str) -> VisionConfig:
+def _vision(vision: dict[str, Any], activation: Activation) -> VisionConfig:
     width = vision.get("width", 768)
     return VisionConfig(
         image_size=vision.get("image_size", 224),
@@ -241,7 +250,7 @@ def _siglip_vision(vision: dict[str, Any]) -> VisionConfig:
     )
 
 
-def _text(text: dict[str, Any], activation: str) -> TextConfig:
+def _text(text: dict[str, Any], activation: Activation) -> TextConfig:
     return TextConfig(
         context_length=text.get("context_length", 77),
         vocab_size=text.get("vocab_size", 49408),
@@ -284,7 +293,7 @@ def _to_vision(vision: VisionConfig) -> dict[str, Any]:
             raise _no_equivalent(f"vision.{field}", getattr(vision, field), remedy)
     if vision.patch_hw[0] != vision.patch_hw[1]:
         raise _no_equivalent("vision.patch_size", vision.patch_size, remedy)
-    section = {
+    section: dict[str, Any] = {
         "image_size": vision.image_size,
         "layers": vision.layers,
         "width": vision.width,
@@ -305,12 +314,18 @@ def _to_vision(vision: VisionConfig) -> dict[str, Any]:
 
 
 def _to_siglip_vision(vision: VisionConfig) -> dict[str, Any]:
+    plain = VisionConfig()
+    training_only = ("patch_dropout", "drop_path", "dropout", "branch_init", "checkpoint_activations")
+    inference = vision.model_copy(update={field: getattr(plain, field) for field in training_only})
     for name, tower in SIGLIP_TOWERS.items():
-        section = {"image_size": vision.image_size, "timm_model_name": name, "timm_model_pretrained": False,
-                   "timm_pool": "map", "timm_proj": "none"}  # fmt: skip
-        training_only = {"patch_dropout": vision.patch_dropout, "drop_path": vision.drop_path,
-                         "dropout": vision.dropout, "checkpoint_activations": vision.checkpoint_activations}  # fmt: skip
-        if vision.image_size == tower.image_size and _siglip_vision(section).model_copy(update=training_only) == vision:
+        section = {
+            "image_size": vision.image_size,
+            "timm_model_name": name,
+            "timm_model_pretrained": False,
+            "timm_pool": "map",
+            "timm_proj": "none",
+        }
+        if vision.image_size == tower.image_size and _siglip_vision(section) == inference:
             return section
     raise _no_equivalent("vision.pool", vision.pool, f"but in SigLIP's own sizes: {', '.join(SIGLIP_TOWERS)}")
 

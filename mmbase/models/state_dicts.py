@@ -49,7 +49,8 @@ def read_state_dict(path: str | Path) -> StateDict:
     loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
-    state = {key: value for key, value in loaded.items() if isinstance(value, Tensor)} if isinstance(loaded, dict) else {}
+    entries = loaded.items() if isinstance(loaded, dict) else ()
+    state = {key: value for key, value in entries if isinstance(value, Tensor)}
     if not state:
         raise MmbaseError(f"{str(path)!r} holds no state dict (names to tensors); save model.state_dict() instead")
     for prefix in ("module.", "_orig_mod."):
@@ -90,8 +91,8 @@ def load_into(config: CLIPConfig, table: dict[str, Source], state: StateDict, or
             tensor = _resize_positions(name, tensor.reshape(tensor.shape[-2:]), config, origin)
         if tensor.shape != wanted.shape:
             raise MmbaseError(
-                f"{origin}: {source.keys[0]!r} has shape {list(tensor.shape)} but the model needs {list(wanted.shape)}; "
-                "is it another model's?"
+                f"{origin}: {source.keys[0]!r} has shape {list(tensor.shape)} but the model needs "
+                f"{list(wanted.shape)}; is it another model's?"
             )
         ours[name] = tensor
     if left:
@@ -161,7 +162,9 @@ def _read_pickle(path: Path) -> object:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise MmbaseError(f"cannot read {str(path)!r}: {reason}; the file is damaged or no PyTorch checkpoint") from error
+        raise MmbaseError(
+            f"cannot read {str(path)!r}: {reason}; the file is damaged or no PyTorch checkpoint"
+        ) from error
 
 
 def _is_torchscript(path: Path) -> bool:

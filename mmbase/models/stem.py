@@ -7,40 +7,34 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmbase.models.layers import LayerNorm, draw_normal
+from mmbase.models.layers import LayerNorm, draw_normal, normal_parameter
 
 
-class PatchEmbed(nn.Conv2d):
+class PatchEmbed(nn.Module):
     """Non-overlapping patches, linearly embedded. The weights are a convolution's, the work is one matrix product."""
 
     def __init__(self, patch_hw: tuple[int, int], width: int, *, bias: bool) -> None:
-        super().__init__(3, width, kernel_size=patch_hw, stride=patch_hw, bias=bias)
+        super().__init__()
+        self.patch_hw = patch_hw
+        std = (9 * patch_hw[0] * patch_hw[1]) ** -0.5  # that of torch's own convolutions, as in OpenAI's models
+        self.weight = normal_parameter(width, 3, *patch_hw, std=std)
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
 
-    def reset_parameters(self) -> None:
-        """Draw the weight anew, with the variance of torch's own convolutions, as in OpenAI's models."""
-        draw_normal(self.weight, (3 * self.weight[0].numel()) ** -0.5)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def forward(self, input: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def forward(self, image_BCHW: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Embed image_BCHW as tokens_BND in row-major order, and rows and columns of their grid.
 
         Pixels beyond the last whole patch are left out.
         """
-        (ph, pw), (height, width) = self.patch_hw, input.shape[-2:]
+        (ph, pw), (height, width) = self.patch_hw, image_BCHW.shape[-2:]
         rows, columns = height // ph, width // pw
-        image_BCHW = input[:, :, : rows * ph, : columns * pw]
-        patches = image_BCHW.unflatten(3, (columns, pw)).unflatten(2, (rows, ph))  # B C rows ph columns pw
+        cropped_BCHW = image_BCHW[:, :, : rows * ph, : columns * pw]
+        patches = cropped_BCHW.unflatten(3, (columns, pw)).unflatten(2, (rows, ph))  # B C rows ph columns pw
         patches_BNP = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         return F.linear(patches_BNP, self.weight.flatten(1), self.bias), (rows, columns)
-
-    @property
-    def patch_hw(self) -> tuple[int, int]:
-        """Height and width of a patch in pixels."""
-        return self.kernel_size[0], self.kernel_size[1]
 
 
 class Conv2d(nn.Conv2d):
@@ -106,9 +100,9 @@ class ConvBlock(nn.Module):
 class ChannelNorm(LayerNorm):
     """LayerNorm over the channels of x_BCHW."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Normalise each pixel."""
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def _norm(kind: str, channels: int) -> nn.Module:

@@ -34,6 +34,7 @@ class TextTransformer(nn.Module):
             layer_scale=config.layer_scale,
             drop_path=config.drop_path,
             dropout=config.dropout,
+            branch_init=config.branch_init,
             checkpoint_activations=config.checkpoint_activations,
         )
         self.norm = LayerNorm(width, eps=config.norm_eps)

@@ -12,13 +12,13 @@ from typing import Any
 from pydantic import ValidationError
 from torch import nn
 
-from mmbase.errors import MmbaseError
+from mmbase.errors import MmbaseError, nearest
 from mmbase.models import huggingface, openclip, zoo
 from mmbase.models.adapter import OpenClipAdapter
 from mmbase.models.clip import CLIP
-from mmbase.models.config import CLIPConfig
+from mmbase.models.config import CLIPConfig, TextConfig, VisionConfig
 from mmbase.models.openclip_config import NotCovered, from_openclip_config, tokenizer_of
-from mmbase.models.state_dicts import StateDict, read_state_dict
+from mmbase.models.state_dicts import Source, StateDict, load_into, parameter_names, read_state_dict
 
 HUB_PREFIX, FOLDER_PREFIX = "hf-hub:", "local-dir:"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
@@ -99,9 +99,9 @@ def _load_named(name: str, pretrained: str | None) -> tuple[nn.Module, Info]:
             )
         path = _download_tag(name, tag, entry)
     config = zoo.config_of(name)
+    module: nn.Module
     if config is None:
-        module: nn.Module = OpenClipAdapter(zoo.openclip_config_of(name))
-        module.load_file(path)
+        module = OpenClipAdapter(zoo.openclip_config_of(name)).load_file(path)
     else:
         module = _load_native(config, read_state_dict(path), str(path))
     return module, _info(name, zoo.preprocess_of(name, tag), zoo.tokenizer_description(name), f"{name} {pretrained}")
@@ -110,8 +110,6 @@ def _load_named(name: str, pretrained: str | None) -> tuple[nn.Module, Info]:
 def _load_native(config: CLIPConfig, state: StateDict, origin: str) -> CLIP:
     """Weights under OpenCLIP's names, or under ours."""
     if "visual.stem.weight" in state:
-        from mmbase.models.state_dicts import Source, load_into, parameter_names
-
         return load_into(config, {name: Source((name,)) for name in parameter_names(config)}, state, origin)
     return openclip.from_openclip(config, state, origin)
 
@@ -134,11 +132,11 @@ def _load_openclip_files(
     config_file: Path, weights: Path, name: str, tokenizer_folder: Path | None
 ) -> tuple[nn.Module, Info]:
     model_cfg, preprocess_cfg = openclip.read_openclip_config(config_file)
+    module: nn.Module
     try:
         config = from_openclip_config(model_cfg)
     except NotCovered:
-        module: nn.Module = OpenClipAdapter(model_cfg)
-        module.load_file(weights)
+        module = OpenClipAdapter(model_cfg).load_file(weights)
     else:
         module = _load_native(config, read_state_dict(weights), str(weights))
     preprocess = {"size": model_cfg["vision_cfg"].get("image_size", 224)}
@@ -168,11 +166,14 @@ def _load_file(path: Path) -> tuple[nn.Module, Info]:
     if (path.parent / openclip.CONFIG_FILE).is_file():
         return _load_openclip_files(path.parent / openclip.CONFIG_FILE, path, path.stem, None)
     state = read_state_dict(path)
-    names = [name for name in zoo.native_names() if _fits(zoo.config_of(name), state)]
+    configs = {name: zoo.config_of(name) for name in zoo.native_names()}
+    names = [name for name, config in configs.items() if config is not None and _fits(config, state)]
     if len(names) != 1:
         which = " or ".join(names[:6]) if names else "one of `mmbase models`"
-        raise MmbaseError(f"{str(path)!r} does not say which model it is; give its name ({which}) and the file as pretrained")
-    module = _load_native(zoo.config_of(names[0]), state, str(path))
+        raise MmbaseError(
+            f"{str(path)!r} does not say which model it is; give its name ({which}) and the file as pretrained"
+        )
+    module = openclip.from_openclip(zoo.openclip_config_of(names[0]), state, str(path))
     return module, _info(names[0], zoo.preprocess_of(names[0]), zoo.tokenizer_description(names[0]), str(path))
 
 
@@ -186,19 +187,20 @@ def _fits(config: CLIPConfig, state: StateDict) -> bool:
     if stem is None or positions is None or tokens is None or text_positions is None:
         return False
     vision, text = config.vision, config.text
-    last, block = (f"trunk.blocks.{vision.layers - 1}" if siglip else f"transformer.resblocks.{vision.layers - 1}"), (
-        f"trunk.blocks.{vision.layers}" if siglip else f"transformer.resblocks.{vision.layers}"
-    )
+    blocks = "visual.trunk.blocks." if siglip else "visual.transformer.resblocks."
     return (
         stem.shape == (vision.width, 3, *vision.patch_hw)
         and positions.shape[-2] == vision.grid_hw[0] * vision.grid_hw[1] + vision.class_token
         and tokens.shape == (text.vocab_size, text.width)
         and text_positions.shape[0] == text.context_length
-        and any(key.startswith(f"visual.{last}.") for key in state)
-        and not any(key.startswith(f"visual.{block}.") for key in state)
-        and f"{prefix}transformer.resblocks.{text.layers - 1}.ln_1.weight" in state
-        and f"{prefix}transformer.resblocks.{text.layers}.ln_1.weight" not in state
+        and _depth(state, blocks) == vision.layers
+        and _depth(state, f"{prefix}transformer.resblocks.") == text.layers
     )
+
+
+def _depth(state: StateDict, blocks: str) -> int:
+    """Number of blocks whose tensors' names begin with ``blocks`` and an index."""
+    return len({key.removeprefix(blocks).split(".")[0] for key in state if key.startswith(blocks)})
 
 
 def _load_hub(model_id: str) -> tuple[nn.Module, Info]:
@@ -211,10 +213,7 @@ def _load_hub(model_id: str) -> tuple[nn.Module, Info]:
     except Exception as error:  # the hub's library raises many kinds
         raise MmbaseError(f"cannot fetch {model_id!r} from the Hugging Face hub: {_reason(error)}") from error
     module, info = _load_openclip_files(config_file, weights, model_id, None)
-    tokenizer = info["tokenizer"]
-    if tokenizer["kind"] == "hf":
-        tokenizer = tokenizer | {"source": tokenizer["source"] or model_id}
-    return module, info | {"tokenizer": tokenizer, "source": HUB_PREFIX + model_id}
+    return module, info | {"source": HUB_PREFIX + model_id}
 
 
 def _download_tag(name: str, tag: str, entry: dict[str, Any]) -> Path:
@@ -247,7 +246,12 @@ def _checked(config: CLIPConfig | dict[str, Any]) -> CLIPConfig:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise MmbaseError(f"model config, {where or 'top level'}: {first['msg']}") from error
+        message = first["msg"]
+        if first["type"] == "extra_forbidden":
+            sections = {"vision": VisionConfig.model_fields, "text": TextConfig.model_fields}
+            known = sections.get(str(first["loc"][0]), CLIPConfig.model_fields)
+            message = f"there is no such key{nearest(str(first['loc'][-1]), known)}"
+        raise MmbaseError(f"model config, {where or 'top level'}: {message}") from error
 
 
 def _refuse_pretrained(source: str, pretrained: str | Path | None) -> None:

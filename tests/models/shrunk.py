@@ -21,7 +21,9 @@ def shrunk_config(name: str) -> dict[str, Any]:
     """A native model's config, small: two heads of the same width, two blocks, a grid of 2 x 2 patches."""
     cfg = copy.deepcopy(zoo.openclip_config_of(name))
     vision, text = cfg["vision_cfg"], cfg["text_cfg"]
-    text.update(width=text["width"] // text["heads"] * 2, heads=2, layers=2, vocab_size=VOCABULARY, context_length=CONTEXT)
+    text.update(
+        width=text["width"] // text["heads"] * 2, heads=2, layers=2, vocab_size=VOCABULARY, context_length=CONTEXT
+    )
     if "timm_model_name" in vision:
         tower = SIGLIP_TOWERS[vision["timm_model_name"]]
         vision["image_size"] = 2 * tower.patch_size + tower.image_size % tower.patch_size

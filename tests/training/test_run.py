@@ -1,0 +1,170 @@
+"""A run from the command line: complete folder, exact resume after kill -9, mistakes that lose nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import mmbase
+from mmbase.errors import MmbaseError
+
+FILES = {"config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "README.md", "report.html", "model.json"}
+
+
+def command(recipe, *overrides, **options):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    arguments = [sys.executable, "-m", "mmbase", "train", str(recipe), *overrides]
+    return subprocess.Popen(
+        arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_kill_and_resume_give_the_same_bits(recipe, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    output = finish(command(recipe, f"output={whole}"))
+    assert "top-1" in output and "unseen_vendor" in output
+
+    process = command(recipe, f"output={broken}")
+    deadline = time.monotonic() + 240
+    while not list(broken.glob("checkpoints/0*")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (broken / "model.safetensors").exists()
+    resumed = finish(command(recipe, f"output={broken}"))
+    assert "resuming at step" in resumed.replace("\n", " ")
+
+    assert (whole / "model.safetensors").read_bytes() == (broken / "model.safetensors").read_bytes()
+    last = [torch.load(r / "checkpoints/00000024/state.pt", weights_only=True) for r in (whole, broken)]
+    for a, b in zip(*(part["state"].values() for part in (last[0]["optimizer"][1], last[1]["optimizer"][1]))):
+        assert torch.equal(a["momentum"], b["momentum"])
+    steps, again = ([row["step"] for row in rows(run)] for run in (whole, broken))
+    assert steps == again == [4, 8, 12, 16, 20, 24]
+    assert [row["loss"] for row in rows(whole)] == [row["loss"] for row in rows(broken)]
+
+
+def test_folder_is_complete_and_loads(recipe, tmp_path):
+    run = mmbase.train(recipe)
+    assert FILES | {"model.safetensors", "metrics.json", "tokenizer.json"} <= {path.name for path in run.iterdir()}
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["00000018", "00000024"]
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["tasks"]["unseen_vendor"]["zero_shot"]["classes"] == 12
+    assert metrics["tasks"]["unseen_concepts"]["zero_shot"]["classes"] == 3
+    card = (run / "README.md").read_text()
+    assert "CC0-1.0" in card and "mmbase.load" in card
+    model = mmbase.load(run, device="cpu")
+    assert model.encode_text(["red disc"]).shape == (1, 16)
+    resolved = yaml.safe_load((run / "config.yaml").read_text())
+    assert resolved["training"]["betas"] == [0.9, 0.98]
+    older = mmbase.load(run / "checkpoints" / "00000018", device="cpu")
+    assert (older.encode_text(["red disc"]) != model.encode_text(["red disc"])).any()
+    weights = (run / "model.safetensors").read_bytes()
+    assert mmbase.train(recipe) == run  # trained already: evaluated again, not trained again
+    assert (run / "model.safetensors").read_bytes() == weights
+
+
+def test_it_learns(recipe):
+    run = mmbase.train(recipe, "training.steps=150", "data.holdout=null", "evaluation.tasks=[]", "training.log_every=10")
+    losses = [row["loss"] for row in rows(run)]
+    assert sum(losses[-3:]) < 0.6 * sum(losses[:3])
+
+
+@pytest.mark.parametrize("options", [["training.loss=sigmoid", "model.init_logit_bias=-10"], ["training.optimizer=adamw"]])
+def test_other_losses_and_optimisers(recipe, options):
+    run = mmbase.train(recipe, "training.steps=6", "training.warmup_steps=1", "evaluation.tasks=[]", *options)
+    assert (run / "model.safetensors").exists()
+
+
+def test_streaming_run_resumes_to_the_same_weights(recipe, tmp_path):
+    options = ["data.memory=never", "training.warmup_steps=1", "evaluation.tasks=[]"]
+    whole = mmbase.train(recipe, f"output={tmp_path / 'whole'}", *options)
+    config = mmbase.load_config(recipe, [f"output={tmp_path / 'split'}", *options])
+    import mmbase.training.loop as loop
+
+    real, calls = loop.save_checkpoint, []
+
+    def stop_after_the_second(*arguments):
+        real(*arguments)
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    loop.save_checkpoint = stop_after_the_second
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            mmbase.train(config)
+    finally:
+        loop.save_checkpoint = real
+    split = mmbase.train(config)
+    assert (whole / "model.safetensors").read_bytes() == (split / "model.safetensors").read_bytes()
+
+
+def test_another_configuration_in_the_same_folder_is_refused(recipe):
+    run = mmbase.train(recipe, "training.steps=6", "evaluation.tasks=[]")
+    before = (run / "config.yaml").read_bytes()
+    with pytest.raises(MmbaseError, match=r"another training\.learning_rate"):
+        mmbase.train(recipe, "training.steps=6", "training.learning_rate=1", "evaluation.tasks=[]")
+    assert (run / "config.yaml").read_bytes() == before
+
+
+def test_folders_that_cannot_be_used(recipe, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("x")
+    with pytest.raises(MmbaseError, match="exists and is no run"):
+        mmbase.train(recipe, f"output={tmp_path / 'full'}")
+    (tmp_path / "file").write_text("x")
+    for output in (tmp_path / "file", tmp_path / "file" / "below", "/proc/run"):
+        with pytest.raises(MmbaseError, match=r"another output=|another folder"):
+            mmbase.train(recipe, f"output={output}")
+    assert (tmp_path / "full" / "thesis.tex").read_text() == "x"
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(recipe, monkeypatch):
+    import mmbase.training.checkpoint as checkpoint
+
+    real = checkpoint._sync
+
+    def full_after_the_first(path):
+        if path.parent.name.startswith(".00000012"):
+            raise OSError(28, "No space left on device", str(path))
+        real(path)
+
+    monkeypatch.setattr(checkpoint, "_sync", full_after_the_first)
+    with pytest.raises(MmbaseError, match="No space left on device; free space"):
+        mmbase.train(recipe)
+    run = Path(mmbase.load_config(recipe).output)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["00000006"]
+    monkeypatch.setattr(checkpoint, "_sync", real)
+    mmbase.train(recipe, "evaluation.tasks=[]")
+    assert (run / "model.safetensors").exists()
+
+
+def test_a_damaged_checkpoint_is_named(recipe):
+    run = mmbase.train(recipe, "training.steps=6", "evaluation.tasks=[]")
+    (run / "model.safetensors").unlink()
+    (run / "checkpoints" / "00000006" / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(MmbaseError, match=r"00000006.*cannot be read.*remove that folder"):
+        mmbase.train(recipe, "training.steps=6", "evaluation.tasks=[]")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(recipe):
+    with pytest.raises(MmbaseError, match=r"the loss is (nan|inf) at step \d+; lower"):
+        mmbase.train(recipe, "training.learning_rate=1e30", "training.optimizer=adamw", "training.gradient_clip=null")
