@@ -170,13 +170,17 @@ class ImageTextModel:
         if format not in writers:
             raise MmbaseError(f"unknown export format {format!r}{nearest(format, writers)} (openclip or huggingface)")
         if not isinstance(self.module, CLIP):
-            raise MmbaseError(f"{self.name!r} runs through OpenCLIP's own model already; only native models are exported")
+            raise MmbaseError(
+                f"{self.name!r} runs through OpenCLIP's own model already; only native models are exported"
+            )
         folder = Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise MmbaseError(f"{str(folder)!r} exists and is not empty; choose another --output")
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
         try:
-            writers[format](self.module, temporary, self.preprocess_config.model_dump(mode="json"), self.tokenizer.config)
+            writers[format](
+                self.module, temporary, self.preprocess_config.model_dump(mode="json"), self.tokenizer.config
+            )
             temporary.replace(folder)
         except OSError as error:
             raise MmbaseError(f"cannot write {str(folder)!r}: {error.strerror}; choose another --output") from error

@@ -35,6 +35,10 @@ class Augment:
         self.config, self.size = config, size
         self.mean, self.std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
 
+    def at(self, progress: float, size: tuple[int, int]) -> Augment:
+        """The augmentation at ``progress`` (0 to 1) of the training, for pictures of ``size``."""
+        return Augment(self.config.at(progress), size, self.mean.flatten().tolist(), self.std.flatten().tolist())
+
     def __call__(self, image_BCSS: Tensor, may_flip_B: Tensor, generator: torch.Generator) -> Tensor:
         """Normalised float32 ``[B, 3, T, T]`` in channels-last memory.
 

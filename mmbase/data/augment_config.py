@@ -5,6 +5,10 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field
 
 
+STYLE = ("hue", "saturation", "edge", "blur", "gamma", "posterise", "cutout", "noise")
+"""Strengths that change how a picture is drawn rather than where it stands."""
+
+
 class AugmentConfig(BaseModel):
     """Strengths and probabilities; see ``mmbase.data.augment`` for what each does."""
 
@@ -28,3 +32,14 @@ class AugmentConfig(BaseModel):
     posterise: float = Field(0.0, ge=0, le=1, description="probability of 3 to 6 levels per channel")
     cutout: float = Field(0.0, ge=0, le=1, description="probability of one square covered by the background")
     noise: float = Field(0.0, ge=0, description="largest standard deviation of pixel noise, of a range of 1")
+    ramp: float = Field(
+        0.0, ge=0, le=1, description="share of training over which the style strengths grow to full; 0: full at once"
+    )
+    ramp_start: float = Field(0.3, ge=0, le=1, description="share of the style strengths at the start of the ramp")
+
+    def at(self, progress: float) -> AugmentConfig:
+        """The strengths at ``progress`` (0 to 1) of the training: geometry as it is, style on its ramp."""
+        if progress >= self.ramp:
+            return self
+        share = self.ramp_start + (1 - self.ramp_start) * progress / self.ramp
+        return self.model_copy(update={name: share * getattr(self, name) for name in STYLE})

@@ -65,7 +65,18 @@ def load_pictures(samples: Iterable[Sample], size: int, errors: str = "skip") ->
 
 
 class MemoryStream:
-    """Batches of a dataset in memory: every sample once an epoch, in an order that is a function of seed and epoch."""
+    """Batches of a dataset in memory, in an order that is a function of seed and epoch.
+
+    Args:
+        pictures: the dataset.
+        captions: words a sample.
+        collator: makes batches.
+        batch_size: pairs per batch.
+        seed: of order and wording.
+        start: samples consumed before.
+        group_by: None: an epoch shows every picture once. A field: it shows each of the field's values once, by one of
+            its pictures drawn anew, so that no value stands twice in a batch except where an epoch ends within it.
+    """
 
     def __init__(
         self,
@@ -76,30 +87,33 @@ class MemoryStream:
         batch_size: int,
         seed: int = 0,
         start: int = 0,
+        group_by: str | None = None,
     ) -> None:
-        if batch_size > len(pictures):
+        groups: dict[str, list[int]] = {}
+        for row, fields in enumerate(pictures.fields):
+            groups.setdefault(str(row) if group_by is None else str(fields.get(group_by)), []).append(row)
+        self.groups = list(groups.values())
+        if batch_size > len(self.groups):
             raise MmbaseError(
-                f"training.batch_size={batch_size} is larger than the {len(pictures)} training pairs; make it smaller"
+                f"training.batch_size={batch_size} is larger than the {len(self.groups)} training "
+                f"{'pairs' if group_by is None else 'identities'}; make it smaller"
             )
         self.pictures, self.captions, self.collator = pictures, captions, collator
         self.batch_size, self.seed, self.position = batch_size, seed, start
         self._orders: dict[int, np.ndarray] = {}
 
-    def __len__(self) -> int:
-        """Samples of an epoch."""
-        return len(self.pictures)
-
-    def _index(self, position: int) -> int:
-        epoch, place = divmod(position, len(self.pictures))
+    def _row(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.groups))
         if epoch not in self._orders:
-            self._orders = {epoch: generator(self.seed, epoch).permutation(len(self.pictures))}
-        return int(self._orders[epoch][place])
+            self._orders = {epoch: generator(self.seed, epoch).permutation(len(self.groups))}
+        group = self.groups[self._orders[epoch][place]]
+        return group[int(generator(self.seed, 5, position).integers(len(group)))] if len(group) > 1 else group[0]
 
     def batches(self) -> Iterator[Batch]:
         """Batches from ``position`` on, without end."""
         while True:
             positions = range(self.position, self.position + self.batch_size)
-            rows = [self._index(position) for position in positions]
+            rows = [self._row(position) for position in positions]
             fields = [self.pictures.fields[row] for row in rows]
             texts = [self.captions(f, generator(self.seed, 1, p)) for f, p in zip(fields, positions)]
             self.position += self.batch_size

@@ -36,11 +36,14 @@ def open_stream(
         held_out = config.holdout.values(s.fields for s in samples or read_samples(shards, config.caption_field))
     collator = Collator(tokenizer, config.identity, config.keep_orientation)
     common = {"batch_size": batch_size, "seed": seed, "start": start}
+    if config.sampling == "identities" and (not in_memory or config.identity is None):
+        raise MmbaseError("data.sampling=identities needs data.identity and a dataset in memory (data.memory=always)")
     if not in_memory:
         return ShardStream(shards, config, collator, held_out=frozenset(held_out), **common)
     kept = (s for s in samples if not (config.holdout and str(s.fields.get(config.holdout.field)) in held_out))
     pictures = load_pictures(kept, config.source_size, config.errors)
-    return MemoryStream(pictures, CaptionSampler(config.captions), collator, **common)
+    group_by = config.identity if config.sampling == "identities" else None
+    return MemoryStream(pictures, CaptionSampler(config.captions), collator, group_by=group_by, **common)
 
 
 def _fits_memory(shards: list[str], config: DataConfig) -> bool:

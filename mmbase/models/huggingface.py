@@ -50,7 +50,7 @@ TEXT = {
 
 
 def from_huggingface(config: dict[str, Any], state: StateDict, origin: str = "the state dict") -> CLIP:
-    """A model of ours with a ``CLIPModel``'s or ``SiglipModel``'s weights.
+    """A model of ours with a ``CLIPModel``'s or ``SiglipModel``'s weights; fp32 tensors are taken over, not copied.
 
     Args:
         config: the content of ``config.json``.

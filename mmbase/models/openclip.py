@@ -32,7 +32,7 @@ TEXT = {"norm": "ln_final", "proj": "text_projection"}
 
 
 def from_openclip(config: dict[str, Any] | CLIPConfig, state: StateDict, origin: str = "the state dict") -> CLIP:
-    """A model of ours with an OpenCLIP model's weights, of either layout.
+    """A model of ours with an OpenCLIP model's weights, of either layout; fp32 tensors are taken over, not copied.
 
     Args:
         config: OpenCLIP's ``model_cfg``, or ours.

@@ -60,7 +60,7 @@ def read_state_dict(path: str | Path) -> StateDict:
 
 
 def load_into(config: CLIPConfig, table: dict[str, Source], state: StateDict, origin: str) -> CLIP:
-    """A model with another library's weights, in fp32.
+    """A model with another library's weights, in fp32; fp32 tensors are taken over, not copied.
 
     Position embeddings of another image size or context length are resampled as OpenCLIP does.
 
@@ -78,20 +78,12 @@ def load_into(config: CLIPConfig, table: dict[str, Source], state: StateDict, or
     left = dict(state)
     ours: StateDict = {}
     for name, wanted in model.state_dict().items():
-        source = table[name]
-        missing = [key for key in source.keys if key not in left]
-        if missing:
-            raise MmbaseError(f"{origin} lacks {missing[0]!r}{nearest(missing[0], left)}; is it another model's?")
-        parts = [left.pop(key).float() for key in source.keys]
-        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-        tensor = tensor.T.contiguous() if source.transpose else tensor
-        if tensor.numel() == wanted.numel() and not source.transpose:
-            tensor = tensor.reshape(wanted.shape) if _same_but_units(tensor.shape, wanted.shape) else tensor
+        tensor = _take(left, table[name], wanted.shape, origin)
         if name.endswith("positional_embedding") and tensor.shape != wanted.shape:
             tensor = _resize_positions(name, tensor.reshape(tensor.shape[-2:]), config, origin)
         if tensor.shape != wanted.shape:
             raise MmbaseError(
-                f"{origin}: {source.keys[0]!r} has shape {list(tensor.shape)} but the model needs "
+                f"{origin}: {table[name].keys[0]!r} has shape {list(tensor.shape)} but the model needs "
                 f"{list(wanted.shape)}; is it another model's?"
             )
         ours[name] = tensor
@@ -119,9 +111,17 @@ def parameter_names(config: CLIPConfig) -> list[str]:
         return list(CLIP(config).state_dict())
 
 
-def _same_but_units(a: torch.Size, b: torch.Size) -> bool:
-    """Whether two shapes differ by axes of size one only."""
-    return [n for n in a if n != 1] == [n for n in b if n != 1]
+def _take(left: StateDict, source: Source, shape: torch.Size, origin: str) -> Tensor:
+    """Take a tensor of ours out of their state dict, in fp32; axes of size one are set as in ``shape``."""
+    missing = [key for key in source.keys if key not in left]
+    if missing:
+        raise MmbaseError(f"{origin} lacks {missing[0]!r}{nearest(missing[0], left)}; is it another model's?")
+    parts = [left.pop(key).float() for key in source.keys]
+    tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if source.transpose:
+        return tensor.T.contiguous()
+    same_but_units = [n for n in tensor.shape if n != 1] == [n for n in shape if n != 1]
+    return tensor.reshape(shape) if same_but_units else tensor
 
 
 def _resize_positions(name: str, table_ND: Tensor, config: CLIPConfig, origin: str) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mmbase.errors import MmbaseError
 from mmbase.models.config import TextConfig
 from mmbase.models.layers import Embedding, LayerNorm, Linear, Transformer, normal_parameter
 
@@ -47,9 +48,18 @@ class TextTransformer(nn.Module):
 
         Fewer than context_length tokens take the first positions. With a causal tower and eot or eos pooling that
         changes nothing: what follows the end token is never looked at (see `trim`).
+
+        Raises:
+            MmbaseError: texts longer than context_length.
         """
-        x_BTD = self.token_embedding(text_BT) + self.positional_embedding[: text_BT.shape[1]]
-        keep_BT = text_BT != self.config.pad_id if self.config.mask_padding else None
+        length, limit = text_BT.shape[1], self.config.context_length
+        if length > limit:
+            raise MmbaseError(f"texts have {length} tokens but the model's context_length is {limit}; cut them to that")
+        x_BTD = self.token_embedding(text_BT) + self.positional_embedding[:length]
+        keep_BT = None
+        if self.config.mask_padding:
+            keep_BT = text_BT != self.config.pad_id
+            keep_BT[:, 0] = True  # a row of nothing but padding attends to its first token rather than to nothing
         token = self._pooled_token(text_BT)
         x_BTD = self.transformer(self.dropout(x_BTD), causal=self.config.causal, keep_BN=keep_BT, token=token)
         x_BTD = self.norm(x_BTD)

@@ -75,6 +75,8 @@ def load_weights(source: str | Path, pretrained: str | Path | None = None) -> tu
     if path.suffix in WEIGHT_SUFFIXES:
         _refuse_pretrained(text, pretrained if str(pretrained) != text else None)
         return _load_file(path)
+    if "/" in text and not zoo.is_known(text):
+        raise MmbaseError(f"no file or folder {text!r}, and no model of that name; `mmbase models` lists the names")
     return _load_named(zoo.canonical_name(text), None if pretrained is None else str(pretrained))
 
 

@@ -85,6 +85,11 @@ def canonical_name(name: str) -> str:
     return spelt
 
 
+def is_known(name: str) -> bool:
+    """Whether this is a name of OpenCLIP's, in either spelling."""
+    return name.replace("/", "-") in _configs()
+
+
 def openclip_config_of(name: str) -> dict[str, Any]:
     """OpenCLIP's own config of a model, a fresh copy. Raises `MmbaseError` for an unknown name."""
     return copy.deepcopy(_configs()[canonical_name(name)])

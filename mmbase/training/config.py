@@ -7,6 +7,15 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
+class ImageSize(BaseModel):
+    """A stage of training on pictures of another size; position embeddings are resampled."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    until: float = Field(gt=0, le=1, description="share of the training at which the stage ends")
+    size: int = Field(ge=8, description="side in pixels")
+
+
 class TrainingConfig(BaseModel):
     """The loop, the optimiser and the schedule."""
 
@@ -19,6 +28,10 @@ class TrainingConfig(BaseModel):
     )
     learning_rate: float = Field(1e-3, gt=0, description="of AdamW, at the peak of the schedule")
     muon_learning_rate: float = Field(0.02, gt=0, description="of Muon, at the peak of the schedule")
+    muon_exclude: list[str] = Field(
+        ["visual.proj", "text.proj", "visual.stem.weight", "visual.stem.stages.0.0"],
+        description="matrices whose name holds one of these stay with AdamW: first layers and output projections",
+    )
     muon_momentum: float = Field(0.95, ge=0, lt=1, description="of Muon")
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
@@ -40,12 +53,26 @@ class TrainingConfig(BaseModel):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 autocast where the device multiplies bf16 in hardware, else fp32"
     )
+    image_sizes: list[ImageSize] = Field(
+        default_factory=list,
+        description="smaller pictures first, such as [{until: 0.5, size: 32}]; then the model's size",
+    )
+    center_projections: bool = Field(
+        False, description="start both output projections' biases so that the first batch's features have mean zero"
+    )
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="how many of the newest checkpoints stay")
 
     @model_validator(mode="after")
-    def _warm_up_ends(self) -> TrainingConfig:
+    def _consistent(self) -> TrainingConfig:
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} exceeds steps={self.steps}; shorten the warm-up")
+        ends = [stage.until for stage in self.image_sizes]
+        if ends != sorted(set(ends)):
+            raise ValueError(f"image_sizes end at {ends}; each stage must end later than the one before")
         return self
+
+    def image_size_at(self, progress: float) -> int | None:
+        """Side in pixels at ``progress`` (0 to 1) of the training; None: the model's own."""
+        return next((stage.size for stage in self.image_sizes if progress < stage.until), None)

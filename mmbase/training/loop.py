@@ -15,6 +15,7 @@ from mmbase.data.augment import Augment
 from mmbase.data.collate import Batch, generator
 from mmbase.data.pictures import MemoryStream
 from mmbase.data.stream import ShardStream
+from mmbase.errors import MmbaseError
 from mmbase.losses.contrastive import ContrastiveLoss
 from mmbase.models.clip import CLIP
 from mmbase.training.checkpoint import (
@@ -67,7 +68,7 @@ def train_loop(
         progress = load_checkpoint(existing[-1], model, optimizer, average)
         console.print(f"resuming at step {progress.step} of {settings.steps} from {existing[-1]}")
     stream.position = progress.samples
-    batches = prepared(stream, augment, model, config.seed, progress.step, device)
+    batches = prepared(stream, augment, model, config, progress.step, device)
 
     # -- steps ------------------------------------------------------------------------------------------------------
     tracker = Tracker(
@@ -85,6 +86,8 @@ def train_loop(
             # Patch dropout and stochastic depth draw from torch's own generator: made a function of the step too.
             torch.manual_seed(int(generator(config.seed, 4, step).integers(1 << 62)))
             batch = next(batches)
+            if step == 0 and settings.center_projections:
+                center_projections(model, batch)
             with precision.autocast(device):
                 output = model(batch["image"], batch["text"])
             loss = compute_loss(**output, image_ids=batch["caption_id"], text_ids=batch["caption_id"])
@@ -117,16 +120,40 @@ def train_loop(
 
 
 def prepared(
-    stream: MemoryStream | ShardStream, augment: Augment, model: CLIP, seed: int, step: int, device: torch.device
+    stream: MemoryStream | ShardStream,
+    augment: Augment,
+    model: CLIP,
+    config: RunConfig,
+    step: int,
+    device: torch.device,
 ) -> Iterator[Batch]:
     """Batches on the device, augmented and normalised; what is drawn for a step depends on the seed and it alone."""
     draw = torch.Generator(device)
     for batch in stream.batches():
-        draw.manual_seed(int(generator(seed, 3, step).integers(1 << 62)))
-        step += 1
-        image = batch["image"].to(device, non_blocking=True)
+        draw.manual_seed(int(generator(config.seed, 3, step).integers(1 << 62)))
+        progress = step / config.training.steps
+        side = config.training.image_size_at(progress)
+        size = model.image_size if side is None else (side, side)
+        image = augment.at(progress, size)(batch["image"].to(device, non_blocking=True), batch["may_flip"], draw)
         yield batch | {
-            "image": augment(image, batch["may_flip"], draw),
+            "image": image,
             "text": model.text.trim(batch["text"]).to(device, non_blocking=True),
             "caption_id": batch["caption_id"].to(device, non_blocking=True),
         }
+        step += 1
+
+
+@torch.no_grad()
+def center_projections(model: CLIP, batch: Batch) -> None:
+    """Take the first batch's mean feature off the biases of both output projections.
+
+    Features of an untrained tower share a large common part, which a contrastive loss has to unlearn first.
+
+    Raises:
+        MmbaseError: a tower whose projection has no bias.
+    """
+    for name, tower, inputs in (("vision", model.visual, batch["image"]), ("text", model.text, batch["text"])):
+        bias = getattr(tower.proj, "bias", None)
+        if bias is None:
+            raise MmbaseError(f"training.center_projections needs model.{name}.projection_bias=true")
+        bias.sub_(tower(inputs).mean(0))

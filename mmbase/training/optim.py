@@ -55,7 +55,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizers:
     """Fused AdamW over all trained parameters, or with ``optimizer="muon"`` Muon over the hidden matrices.
 
     AdamW decays matrices and convolutions, but not what ``no_decay`` names nor anything of one dimension. Muon never
-    takes embeddings (they are look-ups, not maps) nor what ``no_decay`` names.
+    takes embeddings (they are look-ups, not maps) nor what ``no_decay`` or ``muon_exclude`` names.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decayed, plain, hidden = [], [], []
@@ -63,7 +63,8 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizers:
         if not parameter.requires_grad:
             continue
         exempt = parameter.ndim < 2 or any(part in name for part in config.no_decay)
-        if config.optimizer == "muon" and not exempt and id(parameter) not in embeddings:
+        outer = id(parameter) in embeddings or any(part in name for part in config.muon_exclude)
+        if config.optimizer == "muon" and not exempt and not outer:
             hidden.append(parameter)
         else:
             (plain if exempt else decayed).append(parameter)

@@ -195,7 +195,7 @@ def banner(config: RunConfig, console: Console, *, device: str, precision: Any, 
     dtype = str(precision.dtype or torch.float32).removeprefix("torch.")
     settings = config.training
     where = (
-        f"in memory, {len(stream)} pairs"
+        f"in memory, {len(stream.pictures)} pairs"
         if hasattr(stream, "pictures")
         else f"streamed from {len(stream.shards)} shards"
     )

@@ -98,3 +98,12 @@ def test_transparent_pixels_do_not_bleed():
     out = run(AugmentConfig(rotation=10, scale=0.2), images) * 0.25 + 0.5
     assert (out[:, 1] <= out.amax(1) + 1e-4).all()
     assert (out[:, 1] - out[:, 2]).abs().max() < 1e-4  # white fades to red: green and blue stay alike
+
+
+def test_ramp_grows_style_and_leaves_geometry():
+    config = AugmentConfig(hue=0.4, scale=0.2, ramp=0.5, ramp_start=0.25)
+    assert (config.at(0.0).hue, config.at(0.25).hue, config.at(0.5).hue) == pytest.approx((0.1, 0.25, 0.4))
+    assert config.at(0.0).scale == 0.2
+    smaller = Augment(config, (16, 16), *HALF).at(0.0, (12, 12))
+    assert smaller(pictures(), torch.ones(6, dtype=torch.bool), torch.Generator()).shape == (6, 3, 12, 12)
+    assert smaller.config.hue == pytest.approx(0.1)

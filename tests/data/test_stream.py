@@ -113,6 +113,18 @@ def test_memory_stream_shows_every_sample_once_an_epoch(shards):
     assert keys[:32] != [k for b in islice(stream(shards, memory="always", seed=1).batches(), 8) for k in b["key"]]
 
 
+def test_identities_never_stand_twice_in_a_batch(shards):
+    batches = list(islice(stream(shards, memory="always", identity="concept", sampling="identities").batches(), 40))
+    for epoch in range(10):
+        ids = [int(i) for batch in batches[4 * epoch : 4 * epoch + 4] for i in batch["caption_id"]]
+        assert len(set(ids)) == 16
+    assert len({key for batch in batches for key in batch["key"]}) == 32
+    resumed = stream(shards, memory="always", identity="concept", sampling="identities", start=28).batches()
+    assert same(next(resumed), batches[7])
+    with pytest.raises(MmbaseError, match="needs data.identity"):
+        stream(shards, memory="always", sampling="identities")
+
+
 def test_batch_contents(shards):
     batch = next(stream(shards, memory="always", identity="concept", keep_orientation={"caption": "THING 3"}).batches())
     assert (batch["image"].dtype, batch["image"].shape) == (torch.uint8, (4, 3, 8, 8))

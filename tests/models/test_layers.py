@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmbase.errors import MmbaseError
 from mmbase.models.clip import CLIP, CLIPConfig
 from mmbase.models.config import TextConfig, VisionConfig
 from mmbase.models.layers import AttentionPool, Block, DropPath, PatchDropout, Transformer, attention
@@ -258,3 +259,18 @@ def test_padding_is_not_looked_at_where_it_is_masked() -> None:
     ids = torch.randint(10, 50, (2, 6))
     padded = torch.cat([ids, torch.full((2, 4), 7)], dim=1)
     assert relative(tower(padded), tower(ids)) <= 1e-6
+
+
+def test_rows_of_nothing_but_padding_have_finite_features() -> None:
+    tower = small(text={"causal": False, "mask_padding": True, "pad_id": 0, "pool": "mean"}).train().text
+    ids = torch.randint(1, 50, (2, 6))
+    ids[1] = 0
+    features = tower(ids)
+    features.sum().backward()
+    assert features.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in tower.parameters())
+
+
+def test_texts_longer_than_the_context_are_refused() -> None:
+    with pytest.raises(MmbaseError, match="texts have 13 tokens but the model's context_length is 12"):
+        small().encode_text(torch.ones(1, 13, dtype=torch.long))

@@ -243,6 +243,7 @@ def test_weights_of_another_model(model: CLIP, tmp_path: Path, small_zoo: None) 
         ("ViT-B-32", "opnai", "did you mean 'openai'"),
         ("ViT-B-32", "absent.pt", "no weights file 'absent.pt'"),
         ("absent.safetensors", None, "no weights file 'absent.safetensors'"),
+        ("runs/emojj", None, "no file or folder 'runs/emojj'"),
         ("local-dir:absent", None, "no folder 'absent'"),
         ("hf-hub:org/name", "openai", "has its own weights"),
         (".", None, "holds no model"),

@@ -24,6 +24,13 @@ def test_schedule_rises_peaks_and_ends():
     assert learning_rate_factor(55, config.model_copy(update={"schedule": "linear"})) == pytest.approx(0.55)
 
 
+def test_image_size_stages():
+    config = TrainingConfig(image_sizes=[{"until": 0.25, "size": 16}, {"until": 0.5, "size": 24}])
+    assert [config.image_size_at(p) for p in (0.0, 0.24, 0.25, 0.49, 0.5, 1.0)] == [16, 16, 24, 24, None, None]
+    with pytest.raises(ValueError, match="end later"):
+        TrainingConfig(image_sizes=[{"until": 0.5, "size": 16}, {"until": 0.5, "size": 24}])
+
+
 class Small(nn.Module):
     def __init__(self):
         super().__init__()
@@ -52,7 +59,7 @@ def test_orthogonalised_singular_values_are_near_one(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     out = orthogonalise(matrix, torch.float32)
     values = torch.linalg.svdvals(out)
-    assert 0.6 < values.min() and values.max() < 1.3
+    assert values.min() > 0.6 and values.max() < 1.3
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     assert (out * (left @ right)).sum() / (out.norm() * (left @ right).norm()) > 0.95
 
@@ -74,13 +81,12 @@ def test_muon_fits_a_matrix_and_refuses_vectors():
 def test_average_of_weights_follows_the_formula():
     model = nn.BatchNorm1d(2)
     average = WeightAverage(model, decay=0.9)
-    expected, count = model.weight.detach().clone(), 0
-    for value in (2.0, 3.0, 5.0):
+    expected = model.weight.detach().clone()
+    for count, value in enumerate((2.0, 3.0, 5.0), start=1):
         with torch.no_grad():
             model.weight.fill_(value)
         model.num_batches_tracked += 1
         average.update(model)
-        count += 1
         decay = min(0.9, (1 + count) / (10 + count))
         expected = decay * expected + (1 - decay) * value
     assert torch.allclose(average.averaged["weight"], expected)

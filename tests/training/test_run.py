@@ -82,12 +82,40 @@ def test_folder_is_complete_and_loads(recipe, tmp_path):
 
 
 def test_it_learns(recipe):
-    run = mmbase.train(recipe, "training.steps=150", "data.holdout=null", "evaluation.tasks=[]", "training.log_every=10")
+    run = mmbase.train(
+        recipe, "training.steps=150", "data.holdout=null", "evaluation.tasks=[]", "training.log_every=10"
+    )
     losses = [row["loss"] for row in rows(run)]
     assert sum(losses[-3:]) < 0.6 * sum(losses[:3])
 
 
-@pytest.mark.parametrize("options", [["training.loss=sigmoid", "model.init_logit_bias=-10"], ["training.optimizer=adamw"]])
+def test_centred_projections_and_smaller_pictures_first(recipe):
+    import mmbase.training.loop as loop
+
+    seen, real = [], loop.center_projections
+
+    def watch(model, batch):
+        real(model, batch)
+        seen.extend([model.visual(batch["image"]).mean(0).norm(), model.text(batch["text"]).mean(0).norm()])
+        seen.append(batch["image"].shape[-1])
+
+    options = ["training.steps=8", "evaluation.tasks=[]", "training.center_projections=true"]
+    with pytest.raises(MmbaseError, match=r"model\.vision\.projection_bias=true"):
+        mmbase.train(recipe, *options, "output=" + str(recipe.parent / "refused"))
+    # Patch dropout and stochastic depth would draw anew in the second pass.
+    calm = ["model.vision.patch_dropout=0", "model.vision.drop_path=0", "training.image_sizes=[{until: 0.5, size: 8}]"]
+    biases = ["model.vision.projection_bias=true", "model.text.projection_bias=true"]
+    loop.center_projections = watch
+    try:
+        mmbase.train(recipe, *options, *calm, *biases)
+    finally:
+        loop.center_projections = real
+    assert max(seen[:2]) < 1e-5 and seen[2:] == [8]
+
+
+@pytest.mark.parametrize(
+    "options", [["training.loss=sigmoid", "model.init_logit_bias=-10"], ["training.optimizer=adamw"]]
+)
 def test_other_losses_and_optimisers(recipe, options):
     run = mmbase.train(recipe, "training.steps=6", "training.warmup_steps=1", "evaluation.tasks=[]", *options)
     assert (run / "model.safetensors").exists()
