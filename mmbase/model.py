@@ -14,17 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmbase.data.image import PreprocessConfig, eval_transform, normalise, open_image
 from mmbase.data.tokenizer import Tokenizer
 from mmbase.errors import MmbaseError, nearest
 from mmbase.evaluation.zeroshot import Classifier, ClassNames
+from mmbase.models.adapter import OpenClipAdapter
+from mmbase.models.clip import CLIP
 from mmbase.models.config import CLIPConfig
 from mmbase.training.checkpoint import AVERAGE_FILE, MODEL_FILE, list_checkpoints
 from mmbase.training.precision import choose_device
 
 MODEL_JSON = "model.json"
+Towers = CLIP | OpenClipAdapter
 
 
 class ImageTextModel:
@@ -39,7 +42,7 @@ class ImageTextModel:
     """
 
     def __init__(
-        self, module: nn.Module, preprocess: PreprocessConfig, tokenizer: Tokenizer, name: str, device: str = "auto"
+        self, module: Towers, preprocess: PreprocessConfig, tokenizer: Tokenizer, name: str, device: str = "auto"
     ) -> None:
         self.device = choose_device(device)
         self.module = module.to(self.device).eval().requires_grad_(False)
@@ -66,7 +69,7 @@ class ImageTextModel:
     @property
     def logit_bias(self) -> float | None:
         """Offset of the logits, in models trained with the sigmoid loss."""
-        bias = getattr(self.module, "logit_bias", None)
+        bias = self.module.logit_bias
         return None if bias is None else float(bias)
 
     def parameter_counts(self) -> dict[str, int]:
@@ -162,7 +165,6 @@ class ImageTextModel:
         Raises:
             MmbaseError: a model with parts that the format has no words for (named), or a folder in use.
         """
-        from mmbase.models.clip import CLIP
         from mmbase.models.huggingface import save_huggingface
         from mmbase.models.openclip import save_openclip
 
@@ -225,7 +227,7 @@ def create(name_or_config: str | CLIPConfig | dict[str, Any], *, device: str = "
     return _assemble(module, info, device)
 
 
-def _assemble(module: nn.Module, info: dict[str, Any], device: str) -> ImageTextModel:
+def _assemble(module: Towers, info: dict[str, Any], device: str) -> ImageTextModel:
     preprocess = PreprocessConfig.model_validate(info["preprocess"])
     return ImageTextModel(module, preprocess, Tokenizer.from_config(info["tokenizer"]), info["name"], device)
 
@@ -259,8 +261,6 @@ def _run_parts(path: Path) -> tuple[Path, Path] | None:
 
 def _load_run(folder: Path, weights: Path, *, device: str) -> ImageTextModel:
     from safetensors.torch import load_file
-
-    from mmbase.models.clip import CLIP
 
     try:
         described = json.loads((folder / MODEL_JSON).read_text(encoding="utf-8"))

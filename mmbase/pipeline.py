@@ -116,7 +116,7 @@ def build_task(task: TaskConfig, data: DataConfig, training: Sequence[Sample]) -
             raise MmbaseError(f"task {task.name!r} asks for split={task.split} but data.holdout is not set")
         field, held_out = data.holdout.field, data.holdout.values(s.fields for s in training)
         samples = [s for s in samples if (str(s.fields.get(field)) in held_out) == (task.split == "held_out")]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for sample in samples:
         if task.label not in sample.fields:
             raise MmbaseError(f"sample {sample.key!r} of task {task.name!r} has no field {task.label!r}; set its label")

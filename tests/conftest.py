@@ -57,7 +57,8 @@ def recipe(shapes, tmp_path):
             "embed_dim": 16,
             "vision": {
                 "image_size": 16, "stem": "conv", "stem_channels": [8, 16], "stem_blocks": [1, 1], "width": 16,
-                "heads": 2, "layers": 2, "class_token": False, "pool": "average", "patch_dropout": 0.25, "drop_path": 0.1,
+                "heads": 2, "layers": 2, "class_token": False, "pool": "average", "patch_dropout": 0.25,
+                "drop_path": 0.1,
             },
             "text": {"width": 16, "heads": 2, "layers": 1, "causal": False, "pool": "mean", "mask_padding": True},
         },

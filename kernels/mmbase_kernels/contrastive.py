@@ -8,11 +8,13 @@ several positives per row as in Khosla et al. 2020, "Supervised Contrastive Lear
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmbase_kernels.dispatch import check_pair, choose, chunk_rows, inverse_counts
+from mmbase_kernels.dispatch import check_pair, choose, chunk_rows, inverse_matches
 
 
 def clip_loss(
@@ -99,8 +101,10 @@ class _ChunkedClipLoss(torch.autograd.Function):
         """See :func:`clip_loss`."""
         rows, columns = len(image_MD), len(text_ND)
         scale_f, bias_f = scale.float(), (bias.float() if bias is not None else 0.0)
-        inverse_M, inverse_N = inverse_counts(image_ids, text_ids)
         row_lse_M = image_MD.new_empty(rows, dtype=torch.float32)
+        inverse_M = inverse_N = row_lse_M  # unused without ids
+        if image_ids is not None:
+            inverse_M, inverse_N = inverse_matches(image_ids, text_ids), inverse_matches(text_ids, image_ids)
         column_lse_N = image_MD.new_full((columns,), -torch.inf, dtype=torch.float32)
         positive = image_MD.new_zeros((), dtype=torch.float32)
         total = image_MD.new_zeros((), dtype=torch.float32)
@@ -127,8 +131,9 @@ class _ChunkedClipLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
         """Gradients of :func:`clip_loss`; the softmax minus its target is formed before any rounding."""
+        (grad,) = grad_outputs
         (image_MD, text_ND, scale, bias, image_ids, text_ids, inverse_M, inverse_N, row_lse_M, column_lse_N) = (
             ctx.saved_tensors
         )

@@ -30,14 +30,8 @@ def chunk_rows(rows: int, columns: int) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def inverse_counts(image_ids: Tensor | None, text_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """One over the number of matching texts of each image ``[M]``, and of matching images of each text ``[N]``."""
-    if image_ids is None or text_ids is None:
-        return None, None
-    return _inverse_matches(image_ids, text_ids), _inverse_matches(text_ids, image_ids)
-
-
-def _inverse_matches(ids: Tensor, among: Tensor) -> Tensor:
+def inverse_matches(ids: Tensor, among: Tensor) -> Tensor:
+    """One over the number of entries of ``among`` that equal each id, float32; 1 where there is none."""
     values, counts = torch.unique(among, return_counts=True)
     place = torch.searchsorted(values, ids).clamp(max=len(values) - 1)
     count = torch.where(values[place] == ids, counts[place], 1)

@@ -7,6 +7,8 @@ Source: Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", algori
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -69,7 +71,8 @@ class _ChunkedSigmoidLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
+        (grad,) = grad_outputs
         image_MD, text_ND, scale, bias, image_ids, text_ids = ctx.saved_tensors
         rows, columns = len(image_MD), len(text_ND)
         grad_image_MD = torch.empty_like(image_MD, memory_format=torch.contiguous_format)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-
 STYLE = ("hue", "saturation", "edge", "blur", "gamma", "posterise", "cutout", "noise")
 """Strengths that change how a picture is drawn rather than where it stands."""
 

@@ -39,8 +39,8 @@ class DataConfig(BaseModel):
     source_field: str | None = Field(None, description="field that tells a sample's source; null: not counted")
     sampling: Literal["pictures", "identities"] = Field(
         "pictures",
-        description="pictures: each once an epoch; identities: each value of data.identity once an epoch, by one of its "
-        "pictures drawn anew (in memory only)",
+        description="pictures: each once an epoch; identities: each value of data.identity once an epoch, by one of "
+        "its pictures drawn anew (in memory only)",
     )
     holdout: Holdout | None = Field(None, description="concepts kept out of training; null: none")
     keep_orientation: dict[str, str] = Field(

@@ -37,6 +37,16 @@ class OpenClipAdapter(nn.Module):
         self.image_size: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[1])
         self.context_length: int = model_cfg["text_cfg"].get("context_length", 77)
 
+    @property
+    def logit_scale(self) -> Tensor:
+        """Log of the factor from cosine similarity to logit."""
+        return self.model.logit_scale
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """Offset of the logits, or None."""
+        return getattr(self.model, "logit_bias", None)
+
     def encode_image(self, image_BCHW: Tensor, normalize: bool = False) -> Tensor:
         """Features_BE of normalised pixels; unit length with ``normalize``."""
         return self.model.encode_image(image_BCHW, normalize=normalize)

@@ -31,7 +31,7 @@ PREPROCESS_KEYS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
 Info = dict[str, Any]
 
 
-def build(name_or_config: str | CLIPConfig | dict[str, Any]) -> tuple[nn.Module, Info]:
+def build(name_or_config: str | CLIPConfig | dict[str, Any]) -> tuple[CLIP | OpenClipAdapter, Info]:
     """A model with random weights.
 
     Args:
@@ -51,7 +51,7 @@ def build(name_or_config: str | CLIPConfig | dict[str, Any]) -> tuple[nn.Module,
     return CLIP(config), _info("custom", {"size": config.vision.image_size}, tokenizer, "random weights")
 
 
-def load_weights(source: str | Path, pretrained: str | Path | None = None) -> tuple[nn.Module, Info]:
+def load_weights(source: str | Path, pretrained: str | Path | None = None) -> tuple[CLIP | OpenClipAdapter, Info]:
     """A model with trained weights, in fp32 on the CPU.
 
     Args:
@@ -80,7 +80,7 @@ def load_weights(source: str | Path, pretrained: str | Path | None = None) -> tu
     return _load_named(zoo.canonical_name(text), None if pretrained is None else str(pretrained))
 
 
-def _load_named(name: str, pretrained: str | None) -> tuple[nn.Module, Info]:
+def _load_named(name: str, pretrained: str | None) -> tuple[CLIP | OpenClipAdapter, Info]:
     tags = zoo.pretrained_tags(name)
     if pretrained is None:
         offer = f"pretrained={tags[0]!r} (of {len(tags)} tags) or " if tags else ""
@@ -116,7 +116,7 @@ def _load_native(config: CLIPConfig, state: StateDict, origin: str) -> CLIP:
     return openclip.from_openclip(config, state, origin)
 
 
-def _load_folder(folder: Path) -> tuple[nn.Module, Info]:
+def _load_folder(folder: Path) -> tuple[CLIP | OpenClipAdapter, Info]:
     if not folder.is_dir():
         raise MmbaseError(f"no folder {str(folder)!r}; check the path")
     if (folder / openclip.CONFIG_FILE).is_file():
@@ -132,7 +132,7 @@ def _load_folder(folder: Path) -> tuple[nn.Module, Info]:
 
 def _load_openclip_files(
     config_file: Path, weights: Path, name: str, tokenizer_folder: Path | None
-) -> tuple[nn.Module, Info]:
+) -> tuple[CLIP | OpenClipAdapter, Info]:
     model_cfg, preprocess_cfg = openclip.read_openclip_config(config_file)
     module: nn.Module
     try:
@@ -147,7 +147,7 @@ def _load_openclip_files(
     return module, _info(name, preprocess, tokenizer, str(weights))
 
 
-def _load_huggingface_folder(folder: Path) -> tuple[nn.Module, Info]:
+def _load_huggingface_folder(folder: Path) -> tuple[CLIP | OpenClipAdapter, Info]:
     config = huggingface.read_huggingface_config(folder)
     huggingface.from_huggingface_config(config)  # refuse another kind of model before looking for its weights
     weights = _weights_in(folder)
@@ -161,7 +161,7 @@ def _load_huggingface_folder(folder: Path) -> tuple[nn.Module, Info]:
     return module, _info(folder.name, preprocess, tokenizer, str(weights))
 
 
-def _load_file(path: Path) -> tuple[nn.Module, Info]:
+def _load_file(path: Path) -> tuple[CLIP | OpenClipAdapter, Info]:
     """A bare weights file: described by a config beside it, or recognised by its shapes."""
     if not path.is_file():
         raise MmbaseError(f"no weights file {str(path)!r}; check the path")
@@ -205,7 +205,7 @@ def _depth(state: StateDict, blocks: str) -> int:
     return len({key.removeprefix(blocks).split(".")[0] for key in state if key.startswith(blocks)})
 
 
-def _load_hub(model_id: str) -> tuple[nn.Module, Info]:
+def _load_hub(model_id: str) -> tuple[CLIP | OpenClipAdapter, Info]:
     """A model of the Hugging Face hub, fetched by OpenCLIP's own downloader."""
     from open_clip.pretrained import download_pretrained_from_hf
 

@@ -156,7 +156,7 @@ def build_model(config: RunConfig, tokenizer: Tokenizer) -> CLIP:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions and hardware, so that a run can be understood later."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

@@ -3,7 +3,7 @@
 import io
 import json
 import tarfile
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -86,7 +86,7 @@ def test_missing_shards(spec, message):
 def test_broken_shard_and_broken_json_are_named(tmp_path):
     torn = tmp_path / "torn.tar"
     torn.write_bytes(b"no tar at all" * 100)
-    with pytest.raises(MmbaseError, match="torn.tar"):
+    with pytest.raises(MmbaseError, match=r"torn\.tar"):
         list(read_samples([str(torn)]))
     with tarfile.open(tmp_path / "json.tar", "w") as tar:
         add(tar, "7.png", picture(1))
@@ -98,7 +98,7 @@ def test_broken_shard_and_broken_json_are_named(tmp_path):
 def test_txt_is_the_caption_and_samples_without_one_are_left_out(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         add(tar, "1.png", picture(1))
-        add(tar, "1.txt", " a caption\n".encode())
+        add(tar, "1.txt", b" a caption\n")
         add(tar, "2.png", picture(2))
         add(tar, "3.txt", b"no picture")
     samples = list(read_samples([str(tmp_path / "a.tar")]))
@@ -121,7 +121,7 @@ def test_identities_never_stand_twice_in_a_batch(shards):
     assert len({key for batch in batches for key in batch["key"]}) == 32
     resumed = stream(shards, memory="always", identity="concept", sampling="identities", start=28).batches()
     assert same(next(resumed), batches[7])
-    with pytest.raises(MmbaseError, match="needs data.identity"):
+    with pytest.raises(MmbaseError, match=r"needs data\.identity"):
         stream(shards, memory="always", sampling="identities")
 
 
@@ -143,7 +143,7 @@ def test_resume_gives_the_same_batches(shards, options):
     for after in (1, 7, 16):
         resumed = list(islice(stream(shards, start=4 * after, **options).batches(), 20 - after))
         assert all(same(a, b) for a, b in zip(whole[after:], resumed))
-    assert not all(same(a, b) for a, b in zip(whole, whole[1:]))
+    assert not all(same(a, b) for a, b in pairwise(whole))
 
 
 def test_streaming_covers_an_epoch_evenly(shards):
@@ -180,7 +180,7 @@ def test_mistakes(shards, tmp_path):
         stream(shards, memory="always", batch_size=64)
     with pytest.raises(MmbaseError, match="workers=9 but only 4 shards"):
         stream(shards, memory="never", workers=9)
-    with pytest.raises(MmbaseError, match="no usable image-caption pair|no image-caption pair"):
+    with pytest.raises(MmbaseError, match="no usable image-caption pair"):
         next(stream(shards, memory="always", caption_field="title").batches())
 
 

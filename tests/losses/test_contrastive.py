@@ -1,9 +1,10 @@
 """The losses against float64 and against OpenCLIP's own, gradients included."""
 
-import mmbase_kernels.dispatch
 import pytest
 import torch
 import torch.nn.functional as F
+
+import mmbase_kernels.dispatch
 from mmbase_kernels import clip_loss, sigmoid_loss
 
 

@@ -1,5 +1,6 @@
 """Schedule, optimiser groups, Muon and the average of weights."""
 
+import itertools
 import math
 
 import pytest
@@ -19,7 +20,7 @@ def test_schedule_rises_peaks_and_ends():
     assert factors[9] == factors[10] == 1.0
     assert factors[55] == pytest.approx(0.55)
     assert factors[100] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(factors[10:], factors[11:]))
+    assert all(a >= b for a, b in itertools.pairwise(factors[10:]))
     assert learning_rate_factor(99, config.model_copy(update={"schedule": "constant"})) == 1.0
     assert learning_rate_factor(55, config.model_copy(update={"schedule": "linear"})) == pytest.approx(0.55)
 
