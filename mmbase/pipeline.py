@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from rich.table import Table
 from mmbase.config import RunConfig, load_config, parse_yaml, validate
 from mmbase.data.config import DataConfig
 from mmbase.data.shards import Sample, expand_shards, read_samples
-from mmbase.errors import MmbaseError
+from mmbase.errors import MmbaseError, nearest
 from mmbase.evaluation.card import write_model_card
 from mmbase.evaluation.config import TaskConfig
 from mmbase.evaluation.report import write_report
@@ -124,16 +124,34 @@ def build_task(task: TaskConfig, data: DataConfig, training: Sequence[Sample]) -
         rows.append(
             {"key": sample.key, "image": picture, "caption": str(sample.fields[task.label]), "meta": sample.fields}
         )
+    classes = {row["caption"]: row["meta"] for row in reversed(rows)}
     return EvaluationTask(
         name=task.name,
         samples=rows,
-        class_names=sorted({row["caption"] for row in rows}),
+        class_names=[[name, *_wordings(task.wordings, fields)] for name, fields in sorted(classes.items())],
         templates=task.templates,
         breakdown=task.breakdown,
         retrieval=task.retrieval,
         title=task.title,
         description=task.description,
     )
+
+
+def _wordings(templates: Sequence[str], fields: Mapping[str, Any]) -> list[str]:
+    """Further names of the class that a sample with these fields belongs to.
+
+    Raises:
+        MmbaseError: a template that names a field which the sample lacks.
+    """
+    words = {
+        name: ", ".join(map(str, value[:4])) if isinstance(value, list) else value for name, value in fields.items()
+    }
+    try:
+        return [template.format_map(words) for template in templates]
+    except KeyError as error:
+        raise MmbaseError(
+            f"evaluation wordings name the field {error.args[0]!r}{nearest(error.args[0], words)} which a sample lacks"
+        ) from error
 
 
 def provenance(data: DataConfig, training: Sequence[Sample]) -> list[dict[str, Any]]:

@@ -83,6 +83,10 @@ def recipe(shapes, tmp_path):
             "tasks": [
                 {"name": "unseen_vendor", "shards": str(shapes / "vendor-2.tar"), "breakdown": ["group"]},
                 {
+                    "name": "described", "shards": str(shapes / "vendor-2.tar"), "retrieval": False,
+                    "wordings": ["{caption}, {keywords}", "{group}: {caption}"],
+                },
+                {
                     "name": "unseen_concepts", "split": "held_out",
                     "shards": [str(shapes / "vendor-0.tar"), str(shapes / "vendor-1.tar")],
                 },

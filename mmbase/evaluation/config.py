@@ -17,6 +17,11 @@ class TaskConfig(BaseModel):
     description: str = Field("", description="one or two sentences for the report")
     shards: list[str] | str = Field(description="as data.shards")
     label: str = Field("caption", description="field whose value is the class name")
+    wordings: list[str] = Field(
+        default_factory=list,
+        description="further names of a class, averaged with its label: templates over its samples' fields, such as "
+        "'{caption}, {keywords}'; the first four entries of a list",
+    )
     split: Literal["all", "held_out", "trained"] = Field(
         "all", description="all samples, or only the concepts that data.holdout kept out of training, or the others"
     )

@@ -68,6 +68,7 @@ def test_folder_is_complete_and_loads(recipe, tmp_path):
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["tasks"]["unseen_vendor"]["zero_shot"]["classes"] == 12
     assert metrics["tasks"]["unseen_concepts"]["zero_shot"]["classes"] == 3
+    assert metrics["tasks"]["described"]["zero_shot"]["classes"] == 12
     card = (run / "README.md").read_text()
     assert "CC0-1.0" in card and "mmbase.load" in card
     model = mmbase.load(run, device="cpu")
@@ -196,3 +197,16 @@ def test_a_damaged_checkpoint_is_named(recipe):
 def test_a_loss_that_is_not_finite_stops_the_run(recipe):
     with pytest.raises(MmbaseError, match=r"the loss is (nan|inf) at step \d+; lower"):
         mmbase.train(recipe, "training.learning_rate=1e30", "training.optimizer=adamw", "training.gradient_clip=null")
+
+
+def test_wordings_of_a_class(recipe, tmp_path):
+    from mmbase.data.shards import expand_shards, read_samples
+    from mmbase.pipeline import build_task
+
+    config = mmbase.load_config(recipe)
+    training = list(read_samples(expand_shards(config.data.shards)))
+    task = build_task(config.evaluation.tasks[1], config.data, training)
+    assert ["red disc", "red disc, red, disc", "disc: red disc"] in list(task.class_names)
+    wrong = config.evaluation.tasks[1].model_copy(update={"wordings": ["{keyword}"]})
+    with pytest.raises(MmbaseError, match="'keyword'; did you mean 'keywords'"):
+        build_task(wrong, config.data, training)
