@@ -9,13 +9,19 @@ order from pair to pair, so that a machine whose speed swings slows both alike; 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from mmbase.files import write_atomically
+from mmbase.training.run import environment
 
 
 @dataclass(frozen=True)
@@ -129,18 +135,28 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=10, help="timed pairs of steps")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, help="a JSON file for the figures and the machine they are of")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    results: list[Result] = []
     print("| model | precision | batch | OpenCLIP, s | ours, s | ratio | CPU ratio |\n|---|---|---|---|---|---|---|")
     for name in options.models:
         for precision in options.precisions:
             result = measure(name, batch=options.batch, precision=precision, pairs=options.pairs, device=options.device)
+            results.append(result)
             print(
                 f"| {name} | {precision} | {result.batch} | {result.openclip_s:.3f} | {result.ours_s:.3f} "
                 f"| {result.ratio:.2f} | {result.cpu_ratio:.2f} |",
                 flush=True,
             )
+    if options.output:
+        record = {
+            "command": "python -m mmbase_bench.train_step " + " ".join(sys.argv[1:]),
+            "environment": environment(torch.device(options.device)),
+            "results": [asdict(result) for result in results],
+        }
+        write_atomically(options.output, json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":
