@@ -41,7 +41,7 @@ def test_a_name_of_openclip_with_a_change():
         ("training.steps=0", r"training.steps: .*greater than or equal to 1.*0"),
         ("training.precision=fp17", r"training.precision: .*'fp32'.*'fp17'"),
         ("training.warmup_steps=9999", r"warmup_steps=9999 exceeds steps"),
-        ("model.vision.heads=5", r"heads=5 does not divide width=192"),
+        ("model.vision.heads=5", r"heads=5 does not divide width=256"),
         ("model.name=ViT-B-23", r"ViT-B-32"),
         ("model.name=RN50", r"OpenCLIP's own model"),
         ("data.captions.9.weight=1", r"list of 5"),
