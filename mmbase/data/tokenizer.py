@@ -108,7 +108,7 @@ def _load_transformers_tokenizer(source: str) -> Any:
         from transformers import AutoTokenizer
     except ImportError:
         raise MmbaseError(
-            f"the tokenizer {source!r} needs the transformers library; pip install transformers"
+            f"the tokenizer {source!r} needs the transformers library; pip install 'mmbase[hub]'"
         ) from None
     # workers fork after the first batch, and Rust threads do not survive a fork
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

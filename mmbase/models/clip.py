@@ -50,12 +50,12 @@ class CLIP(nn.Module):
     def encode_image(self, image_BCHW: Tensor, normalize: bool = False) -> Tensor:
         """Features_BE of normalised pixels; unit length with ``normalize``."""
         features_BE = self.visual(image_BCHW)
-        return F.normalize(features_BE, dim=-1) if normalize else features_BE
+        return unit_length(features_BE) if normalize else features_BE
 
     def encode_text(self, text_BT: Tensor, normalize: bool = False) -> Tensor:
         """Features_BE of token ids; unit length with ``normalize``."""
         features_BE = self.text(text_BT)
-        return F.normalize(features_BE, dim=-1) if normalize else features_BE
+        return unit_length(features_BE) if normalize else features_BE
 
     def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> dict[str, Tensor]:
         """Features of unit length and the scale they are to be multiplied with.
@@ -73,3 +73,8 @@ class CLIP(nn.Module):
         if self.logit_bias is not None:
             out["logit_bias"] = self.logit_bias
         return out
+
+
+def unit_length(features_BE: Tensor) -> Tensor:
+    """Features scaled to unit length, in float32: bfloat16 would round cosines by up to 0.4 %, times the logit scale."""
+    return F.normalize(features_BE.float(), dim=-1)
