@@ -76,5 +76,5 @@ class CLIP(nn.Module):
 
 
 def unit_length(features_BE: Tensor) -> Tensor:
-    """Features scaled to unit length, in float32: bfloat16 would round cosines by up to 0.4 %, times the logit scale."""
+    """Features of unit length in float32: bfloat16 would round cosines by up to 0.4 %, times the logit scale."""
     return F.normalize(features_BE.float(), dim=-1)

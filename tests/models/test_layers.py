@@ -274,3 +274,17 @@ def test_rows_of_nothing_but_padding_have_finite_features() -> None:
 def test_texts_longer_than_the_context_are_refused() -> None:
     with pytest.raises(MmbaseError, match="texts have 13 tokens but the model's context_length is 12"):
         small().encode_text(torch.ones(1, 13, dtype=torch.long))
+
+
+def test_features_have_unit_length_in_float32_under_autocast():
+    """Rounded to bfloat16, cosines would be off by up to 0.4 %, times the logit scale."""
+    config = CLIPConfig(
+        embed_dim=32,
+        vision=VisionConfig(image_size=32, patch_size=16, width=32, heads=2, layers=1),
+        text=TextConfig(width=32, heads=2, layers=1),
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        out = CLIP(config)(torch.randn(3, 3, 32, 32), torch.randint(1, 100, (3, 77)))
+    for name in ("image_features", "text_features"):
+        assert out[name].dtype == torch.float32
+        assert torch.allclose(out[name].norm(dim=1), torch.ones(3), atol=1e-6)
