@@ -114,8 +114,8 @@ def build_task(task: TaskConfig, data: DataConfig, training: Sequence[Sample]) -
     if task.split != "all":
         if data.holdout is None:
             raise MmbaseError(f"task {task.name!r} asks for split={task.split} but data.holdout is not set")
-        field, held_out = data.holdout.field, data.holdout.values(s.fields for s in training)
-        samples = [s for s in samples if (str(s.fields.get(field)) in held_out) == (task.split == "held_out")]
+        held_out = data.holdout.values(s.fields for s in training)
+        samples = [s for s in samples if data.holdout.covers(s.fields, held_out) == (task.split == "held_out")]
     rows: list[dict[str, Any]] = []
     for sample in samples:
         if task.label not in sample.fields:

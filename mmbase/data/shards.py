@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,10 @@ class Holdout(BaseModel):
     group: str = Field("group", description="the share is taken within every value of this field")
     fraction: float = Field(0.1, gt=0, lt=1, description="share of the distinct values held out")
     seed: int = Field(0, description="which values: independent of the training seed")
+
+    def covers(self, fields: dict[str, Any], values: Collection[str]) -> bool:
+        """Whether a sample with these fields is one of the held-out ``values``."""
+        return str(fields.get(self.field)) in values
 
     def values(self, fields: Iterable[dict[str, Any]]) -> set[str]:
         """The values held out among these samples; the same for any order of them."""

@@ -40,7 +40,7 @@ def open_stream(
         raise MmbaseError("data.sampling=identities needs data.identity and a dataset in memory (data.memory=always)")
     if not in_memory:
         return ShardStream(shards, config, collator, held_out=frozenset(held_out), **common)
-    kept = (s for s in samples if not (config.holdout and str(s.fields.get(config.holdout.field)) in held_out))
+    kept = (s for s in samples if not (config.holdout and config.holdout.covers(s.fields, held_out)))
     pictures = load_pictures(kept, config.source_size, config.errors)
     group_by = config.identity if config.sampling == "identities" else None
     return MemoryStream(pictures, CaptionSampler(config.captions), collator, group_by=group_by, **common)
@@ -122,7 +122,8 @@ class ShardStream(torch.utils.data.IterableDataset):
                 )
 
     def _is_held_out(self, sample: Sample) -> bool:
-        return bool(self.held_out) and str(sample.fields.get(self.config.holdout.field)) in self.held_out  # pyrefly: ignore
+        holdout = self.config.holdout
+        return holdout is not None and holdout.covers(sample.fields, self.held_out)
 
     def _next_batch(self, samples: Iterator[Sample], batch_index: int) -> Batch:
         """The next ``batch_size`` samples, no more, so that a resume can count them; broken ones give way."""

@@ -118,7 +118,7 @@ def build_tokenizer(config: RunConfig, folder: Path) -> Tokenizer:
     samples = list(read_samples(expand_shards(config.data.shards), config.data.caption_field))
     if holdout := config.data.holdout:
         held_out = holdout.values(s.fields for s in samples)
-        samples = [s for s in samples if str(s.fields.get(holdout.field)) not in held_out]
+        samples = [s for s in samples if not holdout.covers(s.fields, held_out)]
     texts: list[str] = []
     for sample in samples:
         texts.append(str(sample.fields[config.data.caption_field]))
