@@ -1,6 +1,6 @@
-"""The softmax contrastive loss (InfoNCE), memory-flat: the logits never exist as a whole.
+"""The softmax contrastive loss (InfoNCE), memory-flat: the logits need not exist as a whole.
 
-Letters: M image rows, N text rows, D width, C rows of one chunk.
+Letters: M image rows, N text rows, D width.
 
 Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", figure 3;
 several positives per row as in Khosla et al. 2020, "Supervised Contrastive Learning", equation 2.
@@ -12,20 +12,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from mmbase_kernels.dispatch import check_pair, choose, chunk_rows, inverse_matches
+from mmbase_kernels import softmax
+from mmbase_kernels.dispatch import (
+    STASH_BYTES,
+    as_scalar,
+    check_features,
+    check_kernel_dtype,
+    check_matches,
+    choose,
+    match_mask,
+)
+from mmbase_kernels.targets import Targets, plan_targets
 
 
 def clip_loss(
     image_features: Tensor,
     text_features: Tensor,
-    logit_scale: Tensor,
+    logit_scale: Tensor | float,
     *,
-    logit_bias: Tensor | None = None,
+    logit_bias: Tensor | float | None = None,
     image_ids: Tensor | None = None,
     text_ids: Tensor | None = None,
+    offset: int | None = None,
     label_smoothing: float = 0.0,
+    compute_dtype: torch.dtype | None = None,
+    stash_bytes: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
     r"""Mean of the image-to-text and the text-to-image cross entropy, as a float32 scalar.
@@ -40,136 +52,238 @@ def clip_loss(
         labels = torch.arange(len(logits))
         (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
-    With ids, image ``i`` matches every text ``j`` of ``image_ids[i] == text_ids[j]``; the target is spread evenly over
-    a row's (a column's) matches, so a caption that stands twice in a batch is no false negative.
+    With ``offset`` row ``i`` matches column ``i + offset``, as a rank's rows do against everyone's columns. With ids,
+    image ``i`` matches every text ``j`` of ``image_ids[i] == text_ids[j]``; the target is spread evenly over a row's (a
+    column's) matches, so a caption that stands twice in a batch is no false negative. Rows and columns without a match
+    do not count in the means, as under ``ignore_index`` of ``F.cross_entropy``.
+
+    The bias changes nothing, since a softmax does not feel a shift; its gradient is 0.
 
     Args:
         image_features: ``[M, D]``, float32, float16 or bfloat16; normalised by the caller.
-        text_features: ``[N, D]``, the same dtype and device; ``N == M`` unless ids are given.
-        logit_scale: scalar tensor, already exponentiated.
-        logit_bias: scalar tensor added to all logits, or None.
+        text_features: ``[N, D]``, the same dtype and device; ``N == M`` unless ids or an offset are given.
+        logit_scale: scalar, already exponentiated.
+        logit_bias: scalar added to all logits, or None.
         image_ids: ``[M]`` integer identity of each image's caption, or None.
         text_ids: ``[N]`` the same for the texts; both or neither.
+        offset: column of row 0's match; None: 0, and M must equal N.
         label_smoothing: share of the target spread over all columns (rows), in [0, 1).
-        impl: ``torch`` (chunked, O((M+N)·D) memory plus a bounded workspace), ``reference`` (the equation as written,
-            O(M·N) memory), ``auto``.
+        compute_dtype: dtype to which the features are rounded for the matrix products; None: their own. Unit vectors in
+            float16 keep 8 times the precision they have in bfloat16. Gradients keep the features' dtype.
+        stash_bytes: keep the logits from forward to backward if they take no more than this (float32 in ``torch``,
+            float16 in ``triton``), which saves a quarter of the work; None: 64 MiB.
+        impl: ``triton`` (CUDA), ``torch`` (any device), both with O((M+N)·D) memory plus a bounded workspace and the
+            stash; ``reference`` (the equation as written, in float64, O(M·N) memory); ``auto``.
 
     Returns:
-        Scalar float32 loss with gradients to features, scale and bias. A second derivative raises RuntimeError.
+        Scalar float32 loss with gradients to features, scale and bias. A second derivative raises RuntimeError, except
+        of ``reference``.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not go together; an unknown ``impl``.
+        ValueError: shapes, dtypes or devices that do not go together; an unknown ``impl``; no match at all.
     """
-    check_pair(image_features, text_features, logit_scale, logit_bias, image_ids, text_ids)
+    check_features(image_features, text_features, compute_dtype)
+    rows, columns = len(image_features), len(text_features)
+    check_matches(rows, columns, image_ids, text_ids, offset)
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1), not {label_smoothing}")
-    arguments = (image_features, text_features, logit_scale, logit_bias, image_ids, text_ids, label_smoothing)
-    if choose(impl) == "reference":
-        return _reference(*arguments)
-    return _ChunkedClipLoss.apply(*arguments)
-
-
-def _reference(
-    image_MD: Tensor,
-    text_ND: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    image_ids: Tensor | None,
-    text_ids: Tensor | None,
-    label_smoothing: float,
-) -> Tensor:
-    logits_MN = scale.float() * image_MD.float() @ text_ND.float().T
-    if bias is not None:
-        logits_MN = logits_MN + bias.float()
-    if image_ids is None or text_ids is None:
-        match_MN = torch.eye(*logits_MN.shape, dtype=torch.bool, device=logits_MN.device)
+    shift = offset or 0
+    if image_ids is None and not -rows < shift < columns:
+        raise ValueError(f"offset {shift} leaves none of {rows} rows a match among {columns} columns")
+    scale = as_scalar("logit_scale", logit_scale, image_features.device)
+    chosen = choose(impl, image_features, compute_dtype)
+    if chosen == "reference":
+        if compute_dtype is not None:
+            image_features, text_features = image_features.to(compute_dtype), text_features.to(compute_dtype)
+        match_MN = match_mask(rows, columns, image_ids, text_ids, shift, image_features.device)
+        loss = _reference(image_features, text_features, scale, match_MN, label_smoothing)
     else:
-        match_MN = image_ids[:, None] == text_ids[None, :]
-    loss = logits_MN.new_zeros(())
-    for logits, match in ((logits_MN, match_MN), (logits_MN.T, match_MN.T)):
-        target = match / match.sum(1, keepdim=True).clamp(min=1)
-        target = (1 - label_smoothing) * target + label_smoothing / match.shape[1]
-        loss = loss - (target * logits.log_softmax(1)).sum(1).mean() / 2
+        check_kernel_dtype(image_features, chosen)
+        if image_ids is not None and text_ids is not None:
+            image_ids, text_ids = image_ids.long(), text_ids.long()
+        with torch.no_grad():
+            targets = plan_targets(
+                rows,
+                columns,
+                image_features.device,
+                image_ids=image_ids,
+                text_ids=text_ids,
+                offset=shift,
+                label_smoothing=label_smoothing,
+            )
+        differentiable = torch.is_grad_enabled() and any(
+            tensor.requires_grad for tensor in (image_features, text_features, scale)
+        )
+        budget = STASH_BYTES if stash_bytes is None else stash_bytes
+        loss = _forward_op(
+            image_features,
+            text_features,
+            scale,
+            *_as_arguments(targets),
+            compute_dtype,
+            budget if differentiable else 0,
+            chosen,
+        )[0]
+    if logit_bias is not None:
+        loss = loss + 0.0 * as_scalar("logit_bias", logit_bias, image_features.device)
     return loss
 
 
-class _ChunkedClipLoss(torch.autograd.Function):
-    """Row chunks: both log-sum-exps forward, a recompute and the two gradient products backward (8·M·N·D FLOPs)."""
+def _reference(image_MD: Tensor, text_ND: Tensor, scale: Tensor, match_MN: Tensor, label_smoothing: float) -> Tensor:
+    """In float64; returned as float32, from float64 features as float64."""
+    logits_MN = scale.double() * image_MD.double() @ text_ND.double().T
+    loss = logits_MN.new_zeros(())
+    for logits, match in ((logits_MN, match_MN), (logits_MN.T, match_MN.T)):
+        matches = match.sum(1)
+        has_match = matches > 0
+        target = match.double() / matches.clamp(min=1)[:, None]
+        target = (1 - label_smoothing) * target + label_smoothing / match.shape[1]
+        entropy = -(target * logits.log_softmax(1)).sum(1)
+        loss = loss + torch.where(has_match, entropy, 0.0).sum() / has_match.sum().clamp(min=1) / 2
+    return loss.to(torch.promote_types(image_MD.dtype, torch.float32))
 
-    @staticmethod
-    def forward(ctx, image_MD, text_ND, scale, bias, image_ids, text_ids, label_smoothing):
-        """See :func:`clip_loss`."""
-        rows, columns = len(image_MD), len(text_ND)
-        scale_f, bias_f = scale.float(), (bias.float() if bias is not None else 0.0)
-        row_lse_M = image_MD.new_empty(rows, dtype=torch.float32)
-        inverse_M = inverse_N = row_lse_M  # unused without ids
-        if image_ids is not None:
-            inverse_M, inverse_N = inverse_matches(image_ids, text_ids), inverse_matches(text_ids, image_ids)
-        column_lse_N = image_MD.new_full((columns,), -torch.inf, dtype=torch.float32)
-        positive = image_MD.new_zeros((), dtype=torch.float32)
-        total = image_MD.new_zeros((), dtype=torch.float32)
-        for chunk in chunk_rows(rows, columns):
-            logits_CN = (image_MD[chunk] @ text_ND.T).float().mul_(scale_f).add_(bias_f)
-            row_lse_M[chunk] = logits_CN.logsumexp(1)
-            column_lse_N = torch.logaddexp(column_lse_N, logits_CN.logsumexp(0))
-            if label_smoothing:
-                total += logits_CN.sum()
-            if image_ids is None:
-                first = torch.arange(chunk.start, chunk.stop, device=image_MD.device)
-                positive += logits_CN.gather(1, first[:, None]).sum() * (0.5 / rows + 0.5 / columns)
-            else:
-                match_CN = image_ids[chunk, None] == text_ids[None, :]
-                weight_CN = inverse_M[chunk, None] * (0.5 / rows) + inverse_N[None, :] * (0.5 / columns)
-                positive += (logits_CN * weight_CN)[match_CN].sum()
-        smooth = label_smoothing / (rows * columns)
-        loss = (row_lse_M.mean() + column_lse_N.mean()) / 2 - (1 - label_smoothing) * positive - smooth * total
-        ctx.save_for_backward(
-            image_MD, text_ND, scale, bias, image_ids, text_ids, inverse_M, inverse_N, row_lse_M, column_lse_N
-        )
-        ctx.label_smoothing = label_smoothing
-        return loss
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
-        """Gradients of :func:`clip_loss`; the softmax minus its target is formed before any rounding."""
-        (grad,) = grad_outputs
-        (image_MD, text_ND, scale, bias, image_ids, text_ids, inverse_M, inverse_N, row_lse_M, column_lse_N) = (
-            ctx.saved_tensors
-        )
-        rows, columns = len(image_MD), len(text_ND)
-        scale_f, bias_f = scale.float(), (bias.float() if bias is not None else 0.0)
-        keep = 1 - ctx.label_smoothing
-        smooth = ctx.label_smoothing / (rows * columns)
-        grad_image_MD = torch.empty_like(image_MD, memory_format=torch.contiguous_format)
-        grad_text_ND = torch.zeros_like(text_ND, dtype=torch.float32, memory_format=torch.contiguous_format)
-        grad_scale = image_MD.new_zeros((), dtype=torch.float32)
-        grad_bias = image_MD.new_zeros((), dtype=torch.float32)
-        for chunk in chunk_rows(rows, columns):
-            cosine_CN = (image_MD[chunk] @ text_ND.T).float()
-            logits_CN = cosine_CN * scale_f + bias_f
-            grad_CN = (logits_CN - row_lse_M[chunk, None]).exp_().mul_(0.5 / rows)
-            grad_CN += logits_CN.sub_(column_lse_N).exp_().mul_(0.5 / columns)
-            if image_ids is None:
-                grad_CN.diagonal(chunk.start).sub_(keep * (0.5 / rows + 0.5 / columns))
-            else:
-                match_CN = image_ids[chunk, None] == text_ids[None, :]
-                weight_CN = inverse_M[chunk, None] * (0.5 / rows) + inverse_N[None, :] * (0.5 / columns)
-                grad_CN -= keep * weight_CN * match_CN
-            if smooth:
-                grad_CN -= smooth
-            grad_CN *= grad
-            grad_scale += (grad_CN * cosine_CN).sum()
-            grad_bias += grad_CN.sum()
-            scaled_CN = grad_CN.mul_(scale_f).to(image_MD.dtype)
-            grad_image_MD[chunk] = scaled_CN @ text_ND
-            grad_text_ND += (scaled_CN.T @ image_MD[chunk]).float()
-        return (
-            grad_image_MD,
-            grad_text_ND.to(text_ND.dtype),
-            grad_scale.to(scale.dtype).reshape(scale.shape),
-            grad_bias.to(bias.dtype).reshape(bias.shape) if bias is not None else None,
-            None,
-            None,
-            None,
-        )
+def _as_arguments(targets: Targets) -> tuple[Any, ...]:
+    """The fields of :class:`Targets` in the order of the operators' arguments."""
+    return (
+        targets.row_weight_M,
+        targets.column_weight_N,
+        targets.row_share_M,
+        targets.column_share_N,
+        targets.row_smooth_M,
+        targets.column_smooth_N,
+        targets.image_ids_M,
+        targets.text_ids_N,
+        targets.offset,
+    )
+
+
+def _rounded(features: Tensor, compute_dtype: torch.dtype | None) -> Tensor:
+    """Contiguous features in the dtype of the products."""
+    return features.to(compute_dtype or features.dtype).contiguous()
+
+
+@torch.library.custom_op("mmbase_kernels::clip_loss", mutates_args=())
+def _forward_op(
+    image_MD: Tensor,
+    text_ND: Tensor,
+    scale: Tensor,
+    row_weight_M: Tensor,
+    column_weight_N: Tensor,
+    row_share_M: Tensor,
+    column_share_N: Tensor,
+    row_smooth_M: Tensor | None,
+    column_smooth_N: Tensor | None,
+    image_ids_M: Tensor | None,
+    text_ids_N: Tensor | None,
+    offset: int,
+    compute_dtype: torch.dtype | None,
+    stash_bytes: int,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, log-sum-exps of rows and of columns, matches, stash."""
+    targets = Targets(
+        row_weight_M,
+        column_weight_N,
+        row_share_M,
+        column_share_N,
+        row_smooth_M,
+        column_smooth_N,
+        image_ids_M,
+        text_ids_N,
+        offset,
+    )
+    image, text, scale = _rounded(image_MD, compute_dtype), _rounded(text_ND, compute_dtype), scale.float()
+    first = softmax.statistics(image, text, scale, targets, stash_bytes=stash_bytes, impl=impl)
+    loss = softmax.loss(image, text, scale, first, targets)
+    return loss, first.row_lse_M, first.column_lse_N, first.match_M, first.stash
+
+
+@_forward_op.register_fake
+def _(image_MD, text_ND, scale, *rest):
+    rows, columns = len(image_MD), len(text_ND)
+    image_ids, stash_bytes, impl = rest[6], rest[-2], rest[-1]
+    new = image_MD.new_empty
+    shape, dtype = softmax.stash_layout(rows, columns, stash_bytes, impl)
+    return (
+        new((), dtype=torch.float32),
+        new(rows, dtype=torch.float64),
+        new(columns, dtype=torch.float64),
+        new(rows if image_ids is None else 0, dtype=torch.float32),
+        new(shape, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("mmbase_kernels::clip_loss_backward", mutates_args=())
+def _backward_op(
+    grad: Tensor,
+    row_lse_M: Tensor,
+    column_lse_N: Tensor,
+    match_M: Tensor,
+    stash: Tensor,
+    image_MD: Tensor,
+    text_ND: Tensor,
+    scale: Tensor,
+    row_weight_M: Tensor,
+    column_weight_N: Tensor,
+    row_share_M: Tensor,
+    column_share_N: Tensor,
+    row_smooth_M: Tensor | None,
+    column_smooth_N: Tensor | None,
+    image_ids_M: Tensor | None,
+    text_ids_N: Tensor | None,
+    offset: int,
+    compute_dtype: torch.dtype | None,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients to images, texts and scale, in their dtypes."""
+    targets = Targets(
+        row_weight_M,
+        column_weight_N,
+        row_share_M,
+        column_share_N,
+        row_smooth_M,
+        column_smooth_N,
+        image_ids_M,
+        text_ids_N,
+        offset,
+    )
+    image, text = _rounded(image_MD, compute_dtype), _rounded(text_ND, compute_dtype)
+    total = softmax.total_lse(row_lse_M, column_lse_N, match_M, targets)
+    at_match_M = softmax.match_gradient(row_lse_M, column_lse_N, match_M, targets)
+    second = softmax.gradients(image, text, scale.float(), *total, at_match_M, targets, stash=stash, impl=impl)
+    return (
+        second.image_MD.mul_(grad).to(image_MD.dtype),
+        second.text_ND.mul_(grad).to(text_ND.dtype),
+        (second.scale * grad).to(scale.dtype),
+    )
+
+
+@_backward_op.register_fake
+def _(grad, row_lse_M, column_lse_N, match_M, stash, image_MD, text_ND, scale, *rest):
+    contiguous = torch.contiguous_format
+    return (
+        torch.empty_like(image_MD, memory_format=contiguous),
+        torch.empty_like(text_ND, memory_format=contiguous),
+        torch.empty_like(scale),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, offset, compute_dtype, _, impl = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:], *tensors)
+    ctx.constants = offset, compute_dtype, impl
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    gradients = _backward_op(grad, *ctx.saved_tensors, *ctx.constants)
+    return (*gradients, *[None] * 12)
+
+
+def _refuse_second_derivative(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError("clip_loss has no second derivative; impl='reference' has one")
+
+
+_forward_op.register_autograd(_backward, setup_context=_save)
+_backward_op.register_autograd(_refuse_second_derivative)

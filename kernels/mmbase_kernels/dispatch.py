@@ -2,51 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
 
 import torch
 from torch import Tensor
 
-IMPLEMENTATIONS = ("auto", "torch", "reference")
-WORKSPACE_BYTES = 64 << 20
-"""Upper bound of one float32 chunk of logits; a few such chunks exist at a time."""
+IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+STASH_BYTES = 64 << 20
+"""Default budget for logits kept between the passes of the softmax loss: 4,096 x 4,096 of them in float32."""
 
 
-def choose(impl: str) -> str:
-    """The implementation for ``impl``; ``auto`` takes the chunked PyTorch one.
+def choose(impl: str, features: Tensor, compute_dtype: torch.dtype | None = None) -> str:
+    """The implementation for ``impl``; ``auto`` takes Triton for 16-bit products on CUDA and PyTorch for all else.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or ``triton`` where it cannot run.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, not {impl!r}")
-    return "torch" if impl == "auto" else impl
+    on_gpu = features.device.type == "cuda"
+    if impl == "auto":
+        return "triton" if on_gpu and (compute_dtype or features.dtype) in DTYPES[1:] and has_triton() else "torch"
+    if impl == "triton" and not (has_triton() and (on_gpu or interpreted())):
+        reason = f"the features are on {features.device}" if has_triton() else "triton is not installed"
+        raise ValueError(f"impl='triton' needs a CUDA device and triton; {reason}: use impl='torch' or 'auto'")
+    return impl
 
 
-def chunk_rows(rows: int, columns: int) -> Iterator[slice]:
-    """Slices that cover ``rows`` in order, each of at most WORKSPACE_BYTES of float32 logits (one row at least)."""
-    step = max(1, WORKSPACE_BYTES // (4 * columns))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+def has_triton() -> bool:
+    """Whether Triton can be imported."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
-def inverse_matches(ids: Tensor, among: Tensor) -> Tensor:
-    """One over the number of entries of ``among`` that equal each id, float32; 1 where there is none."""
-    values, counts = torch.unique(among, return_counts=True)
-    place = torch.searchsorted(values, ids).clamp(max=len(values) - 1)
-    count = torch.where(values[place] == ids, counts[place], 1)
-    return count.reciprocal().float()
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on the CPU, for tests."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
-def check_pair(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor | None,
-    image_ids: Tensor | None,
-    text_ids: Tensor | None,
-) -> None:
-    """Refuse features, scalars or ids that do not go together.
+def as_scalar(name: str, value: Tensor | float, device: torch.device) -> Tensor:
+    """A number or a tensor of one element as a float32 scalar on ``device``; gradients flow through.
+
+    Raises:
+        ValueError: more than one element, or not a real number.
+    """
+    scalar = torch.as_tensor(value)
+    if scalar.numel() != 1:
+        raise ValueError(f"{name} must hold one number, not {list(scalar.shape)}")
+    if scalar.is_complex():
+        raise ValueError(f"{name} must be real, not {scalar.dtype}")
+    return scalar.reshape(()).to(device=device, dtype=torch.promote_types(scalar.dtype, torch.float32))
+
+
+def check_features(image_features: Tensor, text_features: Tensor, compute_dtype: torch.dtype | None) -> None:
+    """Refuse features that do not go together.
 
     Raises:
         ValueError: names the shapes, dtypes or devices at odds.
@@ -59,22 +72,60 @@ def check_pair(
     if image_features.shape[1] != text_features.shape[1]:
         raise ValueError(f"widths differ: images {image_features.shape[1]}, texts {text_features.shape[1]}")
     if image_features.dtype != text_features.dtype:
-        raise ValueError(f"dtypes differ: images {image_features.dtype}, texts {text_features.dtype}")
+        raise ValueError(
+            f"dtypes differ: images {image_features.dtype}, texts {text_features.dtype}; convert one of them"
+        )
     if image_features.device != text_features.device:
         raise ValueError(f"devices differ: images on {image_features.device}, texts on {text_features.device}")
-    for name, scalar in (("logit_scale", logit_scale), ("logit_bias", logit_bias)):
-        if scalar is not None and scalar.numel() != 1:
-            raise ValueError(f"{name} must hold one number, not {list(scalar.shape)}")
+    if compute_dtype is not None and compute_dtype not in DTYPES:
+        raise ValueError(f"compute_dtype must be float32, float16 or bfloat16, not {compute_dtype}")
+
+
+def check_kernel_dtype(features: Tensor, impl: str) -> None:
+    """Refuse dtypes that only the reference takes.
+
+    Raises:
+        ValueError: names the dtype.
+    """
+    if features.dtype not in DTYPES:
+        raise ValueError(
+            f"impl={impl!r} takes float32, float16 or bfloat16 features, not {features.dtype}; impl='reference' does"
+        )
+
+
+def check_matches(
+    rows: int, columns: int, image_ids: Tensor | None, text_ids: Tensor | None, offset: int | None
+) -> None:
+    """Refuse ids or an offset that do not go with the shapes.
+
+    Raises:
+        ValueError: names what is wrong.
+    """
     if (image_ids is None) != (text_ids is None):
         raise ValueError("give image_ids and text_ids, or neither")
     if image_ids is None or text_ids is None:
-        if len(image_features) != len(text_features):
+        if offset is None and rows != columns:
             raise ValueError(
-                f"{len(image_features)} images and {len(text_features)} texts: without ids row i matches column i, "
-                "so their numbers must be equal"
+                f"{rows} images and {columns} texts: without ids or an offset row i matches column i, so their numbers "
+                "must be equal"
             )
-    elif image_ids.shape != image_features.shape[:1] or text_ids.shape != text_features.shape[:1]:
+        return
+    if offset is not None:
+        raise ValueError(f"ids say which pairs match: offset must be None, not {offset}")
+    if image_ids.shape != (rows,) or text_ids.shape != (columns,):
         raise ValueError(
-            f"ids must be one per row: image_ids {list(image_ids.shape)} for {len(image_features)} images, "
-            f"text_ids {list(text_ids.shape)} for {len(text_features)} texts"
+            f"ids must be one per row: image_ids {list(image_ids.shape)} for {rows} images, "
+            f"text_ids {list(text_ids.shape)} for {columns} texts"
         )
+    for name, ids in (("image_ids", image_ids), ("text_ids", text_ids)):
+        if ids.is_floating_point() or ids.is_complex():
+            raise ValueError(f"{name} must be integers, not {ids.dtype}")
+
+
+def match_mask(
+    rows: int, columns: int, image_ids: Tensor | None, text_ids: Tensor | None, offset: int, device: torch.device
+) -> Tensor:
+    """Boolean ``[rows, columns]`` of the matches, for the references."""
+    if image_ids is not None and text_ids is not None:
+        return image_ids[:, None] == text_ids
+    return torch.arange(rows, device=device)[:, None] + offset == torch.arange(columns, device=device)

@@ -1,6 +1,6 @@
 """The sigmoid contrastive loss (SigLIP), memory-flat.
 
-Letters: M image rows, N text rows, D width, C rows of one chunk.
+Letters: M image rows, N text rows, D width.
 
 Source: Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", algorithm 1.
 """
@@ -12,19 +12,28 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from mmbase_kernels.dispatch import check_pair, choose, chunk_rows
+from mmbase_kernels.dispatch import (
+    as_scalar,
+    check_features,
+    check_kernel_dtype,
+    check_matches,
+    choose,
+    match_mask,
+)
+from mmbase_kernels.sigmoid_pass import sigmoid_pass
 
 
 def sigmoid_loss(
     image_features: Tensor,
     text_features: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
     *,
     image_ids: Tensor | None = None,
     text_ids: Tensor | None = None,
+    offset: int | None = None,
+    compute_dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> Tensor:
     r"""Binary cross entropy of every pair, summed over pairs and divided by the number of images; float32 scalar.
@@ -37,65 +46,152 @@ def sigmoid_loss(
         z = 2 * torch.eye(len(logits)) - 1
         -F.logsigmoid(z * logits).sum() / len(logits)
 
-    Arguments, ids and errors as in :func:`mmbase_kernels.clip_loss`; ``logit_bias`` is required.
+    Where a gradient is wanted it is computed in the forward pass, 6·M·N·D FLOPs in all; ``backward`` multiplies it.
+
+    Arguments, returns and errors as in :func:`mmbase_kernels.clip_loss`, except that ``logit_bias`` is required and
+    felt, and that a batch may hold no match at all.
     """
     if logit_bias is None:
         raise ValueError("sigmoid_loss needs a logit_bias; SigLIP starts it at -10")
-    check_pair(image_features, text_features, logit_scale, logit_bias, image_ids, text_ids)
-    if choose(impl) == "reference":
-        logits_MN = logit_scale.float() * image_features.float() @ text_features.float().T + logit_bias.float()
-        sign_MN = torch.where(_match(slice(0, len(logits_MN)), logits_MN, image_ids, text_ids), 1.0, -1.0)
-        return -F.logsigmoid(sign_MN * logits_MN).sum() / len(logits_MN)
-    return _ChunkedSigmoidLoss.apply(image_features, text_features, logit_scale, logit_bias, image_ids, text_ids)
+    check_features(image_features, text_features, compute_dtype)
+    check_matches(len(image_features), len(text_features), image_ids, text_ids, offset)
+    scale = as_scalar("logit_scale", logit_scale, image_features.device)
+    bias = as_scalar("logit_bias", logit_bias, image_features.device)
+    chosen = choose(impl, image_features, compute_dtype)
+    if chosen == "reference":
+        return _reference(image_features, text_features, scale, bias, image_ids, text_ids, offset or 0, compute_dtype)
+    check_kernel_dtype(image_features, chosen)
+    if image_ids is not None and text_ids is not None:
+        image_ids, text_ids = image_ids.long(), text_ids.long()
+    differentiable = torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (image_features, text_features, scale, bias)
+    )
+    return _forward_op(
+        image_features,
+        text_features,
+        scale,
+        bias,
+        image_ids,
+        text_ids,
+        offset or 0,
+        compute_dtype,
+        differentiable,
+        chosen,
+    )[0]
 
 
-def _match(chunk: slice, logits_CN: Tensor, image_ids: Tensor | None, text_ids: Tensor | None) -> Tensor:
-    """Boolean ``[C, N]``: which pairs of the chunk belong together."""
-    if image_ids is None or text_ids is None:
-        rows = torch.arange(chunk.start, chunk.stop, device=logits_CN.device)
-        return rows[:, None] == torch.arange(logits_CN.shape[1], device=logits_CN.device)
-    return image_ids[chunk, None] == text_ids[None, :]
+def _reference(
+    image_MD: Tensor,
+    text_ND: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    offset: int,
+    compute_dtype: torch.dtype | None,
+) -> Tensor:
+    rounded = compute_dtype or image_MD.dtype
+    logits_MN = scale.double() * image_MD.to(rounded).double() @ text_ND.to(rounded).double().T + bias.double()
+    match_MN = match_mask(len(image_MD), len(text_ND), image_ids, text_ids, offset, logits_MN.device)
+    loss = -F.logsigmoid(torch.where(match_MN, logits_MN, -logits_MN)).sum() / len(logits_MN)
+    return loss.to(torch.promote_types(image_MD.dtype, torch.float32))
 
 
-class _ChunkedSigmoidLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, image_MD, text_ND, scale, bias, image_ids, text_ids):
-        rows, columns = len(image_MD), len(text_ND)
-        loss = image_MD.new_zeros((), dtype=torch.float32)
-        for chunk in chunk_rows(rows, columns):
-            logits_CN = (image_MD[chunk] @ text_ND.T).float().mul_(scale.float()).add_(bias.float())
-            match_CN = _match(chunk, logits_CN, image_ids, text_ids)
-            loss += F.softplus(torch.where(match_CN, -logits_CN, logits_CN)).sum()
-        ctx.save_for_backward(image_MD, text_ND, scale, bias, image_ids, text_ids)
-        return loss / rows
+@torch.library.custom_op("mmbase_kernels::sigmoid_loss", mutates_args=())
+def _forward_op(
+    image_MD: Tensor,
+    text_ND: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    image_ids_M: Tensor | None,
+    text_ids_N: Tensor | None,
+    offset: int,
+    compute_dtype: torch.dtype | None,
+    gradients: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, and its gradients to images, texts, scale and bias, float32; empty unless asked for."""
+    image, text = (features.to(compute_dtype or features.dtype).contiguous() for features in (image_MD, text_ND))
+    result = sigmoid_pass(
+        image,
+        text,
+        scale.float(),
+        bias.float(),
+        image_ids_M=image_ids_M,
+        text_ids_N=text_ids_N,
+        offset=offset,
+        gradients=gradients,
+        impl=impl,
+    )
+    share = 1 / len(image_MD)
+    return (
+        result.loss * share,
+        result.image_MD.mul_(share),
+        result.text_ND.mul_(share),
+        result.scale * share,
+        result.bias * share,
+    )
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
-        (grad,) = grad_outputs
-        image_MD, text_ND, scale, bias, image_ids, text_ids = ctx.saved_tensors
-        rows, columns = len(image_MD), len(text_ND)
-        grad_image_MD = torch.empty_like(image_MD, memory_format=torch.contiguous_format)
-        grad_text_ND = torch.zeros_like(text_ND, dtype=torch.float32, memory_format=torch.contiguous_format)
-        grad_scale = image_MD.new_zeros((), dtype=torch.float32)
-        grad_bias = image_MD.new_zeros((), dtype=torch.float32)
-        for chunk in chunk_rows(rows, columns):
-            cosine_CN = (image_MD[chunk] @ text_ND.T).float()
-            logits_CN = cosine_CN * scale.float() + bias.float()
-            match_CN = _match(chunk, logits_CN, image_ids, text_ids)
-            # d softplus(∓l) / dl; the sign is applied before anything is rounded.
-            sign_CN = torch.where(match_CN, -1.0, 1.0)
-            grad_CN = logits_CN.mul_(sign_CN).sigmoid_().mul_(sign_CN).mul_(grad / rows)
-            grad_scale += (grad_CN * cosine_CN).sum()
-            grad_bias += grad_CN.sum()
-            scaled_CN = grad_CN.mul_(scale.float()).to(image_MD.dtype)
-            grad_image_MD[chunk] = scaled_CN @ text_ND
-            grad_text_ND += (scaled_CN.T @ image_MD[chunk]).float()
-        return (
-            grad_image_MD,
-            grad_text_ND.to(text_ND.dtype),
-            grad_scale.to(scale.dtype).reshape(scale.shape),
-            grad_bias.to(bias.dtype).reshape(bias.shape),
-            None,
-            None,
-        )
+
+@_forward_op.register_fake
+def _(image_MD, text_ND, scale, bias, image_ids_M, text_ids_N, offset, compute_dtype, gradients, impl):
+    new = image_MD.new_empty
+    single = () if gradients else (0,)
+    return (
+        new((), dtype=torch.float32),
+        new(image_MD.shape if gradients else 0, dtype=torch.float32),
+        new(text_ND.shape if gradients else 0, dtype=torch.float32),
+        new(single, dtype=torch.float32),
+        new(single, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("mmbase_kernels::sigmoid_loss_backward", mutates_args=())
+def _backward_op(
+    grad: Tensor,
+    grad_image_MD: Tensor,
+    grad_text_ND: Tensor,
+    grad_scale: Tensor,
+    grad_bias: Tensor,
+    like_features: Tensor,
+    like_scale: Tensor,
+    like_bias: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the forward pass kept, times the incoming gradient, in the inputs' dtypes."""
+    features = like_features.dtype
+    return (
+        (grad_image_MD * grad).to(features),
+        (grad_text_ND * grad).to(features),
+        (grad_scale * grad).to(like_scale.dtype),
+        (grad_bias * grad).to(like_bias.dtype),
+    )
+
+
+@_backward_op.register_fake
+def _(grad, grad_image_MD, grad_text_ND, grad_scale, grad_bias, like_features, like_scale, like_bias):
+    features = like_features.dtype
+    return (
+        torch.empty_like(grad_image_MD, dtype=features),
+        torch.empty_like(grad_text_ND, dtype=features),
+        torch.empty_like(grad_scale, dtype=like_scale.dtype),
+        torch.empty_like(grad_bias, dtype=like_bias.dtype),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    image_MD, _, scale, bias, *_ = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    # Empty tensors carry the dtypes: keeping the features alive would cost their memory.
+    ctx.save_for_backward(*output[1:], image_MD.new_empty(0), scale.detach(), bias.detach())
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return (*_backward_op(grad, *ctx.saved_tensors), *[None] * 6)
+
+
+def _refuse_second_derivative(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError("sigmoid_loss has no second derivative; impl='reference' has one")
+
+
+_forward_op.register_autograd(_backward, setup_context=_save)
+_backward_op.register_autograd(_refuse_second_derivative)

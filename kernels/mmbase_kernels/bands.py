@@ -1,0 +1,105 @@
+"""Bands and tiles of the logits for the PyTorch implementations: how large they are and how they are multiplied.
+
+On a CPU a tile stays in the second-level cache, so that what happens between two matrix products costs little, and
+features of 16 bits are widened first, because a CPU product of theirs would round the logits to 16 bits. Other devices
+take larger tiles, and their products of 16-bit matrices return float32.
+
+Letters: M image rows, N text rows, D width, R rows and C columns of one tile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WORKSPACE_BYTES = 64 << 20
+"""Upper bound of one float32 tile on devices other than a CPU; two or three exist at a time."""
+CPU_SIDE = 1024
+"""A float32 tile of 4 MiB: two cores hold half of it each in a 2 MiB second-level cache."""
+
+
+def tile_side(device: torch.device) -> int:
+    """Rows and columns of a full tile."""
+    return CPU_SIDE if device.type == "cpu" else math.isqrt(WORKSPACE_BYTES // 4)
+
+
+def spans(total: int, side: int) -> list[slice]:
+    """Slices that cover ``total`` in order, each at most ``side`` long."""
+    return [slice(start, min(start + side, total)) for start in range(0, total, side)]
+
+
+def widened(features: Tensor) -> Tensor:
+    """What is multiplied: float32 on a CPU, the features as they are elsewhere."""
+    return features.float() if features.device.type == "cpu" else features
+
+
+def product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """``left @ right`` into ``out``, float32 whatever the dtype of both."""
+    if left.dtype == torch.float32:
+        return torch.mm(left, right, out=out)
+    return out.copy_(torch.mm(left, right, out_dtype=torch.float32))
+
+
+def add_product(into: Tensor, left: Tensor, right: Tensor) -> None:
+    """``into += left @ right``, accumulated in float32."""
+    if left.dtype == torch.float32:
+        torch.addmm(into, left, right, out=into)
+    else:
+        into += torch.mm(left, right, out_dtype=torch.float32)
+
+
+class Tile(NamedTuple):
+    """A place in the matrix of logits and a buffer for it."""
+
+    rows: slice
+    columns: slice
+    buffer_RC: Tensor
+
+    def diagonal(self, offset: int) -> Tensor:
+        """View of the buffer's entries at column ``row + offset`` of the whole matrix; possibly empty."""
+        return self.buffer_RC.diagonal(self.rows.start + offset - self.columns.start)
+
+    def diagonal_rows(self, offset: int) -> slice:
+        """The rows of the whole matrix that :meth:`diagonal` runs over."""
+        start = max(self.rows.start, self.columns.start - offset)
+        return slice(start, start + len(self.diagonal(offset)))
+
+
+class Bands:
+    """Walks the matrix of logits band by band of rows, and in each band tile by tile.
+
+    Args:
+        image_MD: float32, float16 or bfloat16.
+        text_ND: the same.
+        scale: float32 scalar that multiplies the products.
+    """
+
+    def __init__(self, image_MD: Tensor, text_ND: Tensor, scale: Tensor) -> None:
+        self.image_MD, self.text_ND, self.scale = image_MD, widened(text_ND), scale
+        side = tile_side(image_MD.device)
+        self.largest = min(side, len(image_MD)) * min(side, len(text_ND))
+        self._buffer = image_MD.new_empty(self.largest, dtype=torch.float32)
+        self.rows, self.columns = spans(len(image_MD), side), spans(len(text_ND), side)
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        """Each band's rows and its widened image features."""
+        for rows in self.rows:
+            yield rows, widened(self.image_MD[rows])
+
+    def tiles(self, rows: slice, band_RD: Tensor, stash_MN: Tensor | None = None) -> Iterator[Tile]:
+        """Logits of the band's tiles, one at a time in one buffer; copied from the stash where there is one."""
+        scaled = band_RD * self.scale if band_RD.dtype == torch.float32 else band_RD
+        for columns in self.columns:
+            shape = len(band_RD), columns.stop - columns.start
+            z_RC = self._buffer[: shape[0] * shape[1]].view(shape)
+            if stash_MN is not None:
+                z_RC.copy_(stash_MN[rows, columns])
+            else:
+                product(scaled, self.text_ND[columns].T, z_RC)
+                if scaled is band_RD:
+                    z_RC *= self.scale
+            yield Tile(rows, columns, z_RC)
