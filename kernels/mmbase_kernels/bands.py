@@ -1,8 +1,8 @@
 """Bands and tiles of the logits for the PyTorch implementations: how large they are and how they are multiplied.
 
-On a CPU a tile stays in the second-level cache, so that what happens between two matrix products costs little, and
-features of 16 bits are widened first, because a CPU product of theirs would round the logits to 16 bits. Other devices
-take larger tiles, and their products of 16-bit matrices return float32.
+On a CPU a tile stays in the second-level cache, so that what happens between two matrix products costs little; other
+devices take larger tiles. CUDA multiplies 16-bit features as they are and returns float32; elsewhere they are widened
+first, because a product of theirs would round the logits to 16 bits.
 
 Letters: M image rows, N text rows, D width, R rows and C columns of one tile.
 """
@@ -33,8 +33,8 @@ def spans(total: int, side: int) -> list[slice]:
 
 
 def widened(features: Tensor) -> Tensor:
-    """What is multiplied: float32 on a CPU, the features as they are elsewhere."""
-    return features.float() if features.device.type == "cpu" else features
+    """What is multiplied: the features as they are on CUDA, float32 elsewhere."""
+    return features if features.device.type == "cuda" else features.float()
 
 
 def product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:

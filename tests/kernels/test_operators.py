@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmbase_kernels import clip_loss, sigmoid_loss
+from mmbase_kernels import clip_loss, sigmoid, sigmoid_loss, softmax
 from mmbase_kernels.targets import plan_targets
 
 from .pairs import pair, value_and_gradients
@@ -122,3 +122,19 @@ def test_numbers_serve_as_scale_and_bias():
     images, texts, scale, bias = inputs()
     assert torch.equal(sigmoid_loss(images, texts, 9.0, -4.0), sigmoid_loss(images, texts, scale, bias))
     assert torch.equal(clip_loss(images, texts, 9.0), clip_loss(images, texts, scale.reshape(1)))
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_no_gradient_work_without_need(kind, monkeypatch):
+    """Under no_grad, and where nothing asks for a gradient, logits are not stashed and derivatives not computed."""
+    asked = []
+    statistics, one_pass = softmax.statistics, sigmoid.sigmoid_pass
+    monkeypatch.setattr(softmax, "statistics", lambda *v, **k: asked.append(k["stash_bytes"]) or statistics(*v, **k))
+    monkeypatch.setattr(sigmoid, "sigmoid_pass", lambda *v, **k: asked.append(k["gradients"]) or one_pass(*v, **k))
+    LOSSES[kind](*inputs())
+    leaves = [value.requires_grad_() for value in inputs()]
+    with torch.no_grad():
+        assert not LOSSES[kind](*leaves).requires_grad
+    assert asked == [0, 0]  # no bytes, or False
+    assert LOSSES[kind](*leaves).requires_grad
+    assert bool(asked[2]) == (kind != "softmax, no stash")
