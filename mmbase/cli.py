@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import importlib
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mmbase.errors import MmbaseError
+from mmbase.errors import MmbaseError, nearest
 
 app = typer.Typer(
     name="mmbase",
@@ -198,6 +199,31 @@ def doctor() -> None:
         typer.echo(f"{'ok  ' if finding.good else 'FAIL'}  {finding.subject}: {finding.text}")
     if problems:
         raise MmbaseError(f"{problems} problem{'s' * (problems > 1)} found; see the FAIL lines above")
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+def bench(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="SUBJECT [OPTIONS]...", help="What to measure, and its options.")
+    ] = None,
+) -> None:
+    """Measure mmbase beside its peers; without a subject, list them."""
+    from mmbase_bench import SUBJECTS
+
+    subject, *rest = arguments or ["--help"]
+    if subject in ("--help", "-h"):
+        typer.echo(
+            "Usage: mmbase bench SUBJECT [OPTIONS]...\n\nSubjects; mmbase bench SUBJECT --help lists its options:"
+        )
+        for name, meaning in SUBJECTS.items():
+            typer.echo(f"  {name:<{max(map(len, SUBJECTS))}}  {meaning}")
+        return
+    if subject not in SUBJECTS:
+        raise MmbaseError(
+            f"there is no benchmark {subject!r}{nearest(subject, SUBJECTS)}; `mmbase bench` lists the subjects"
+        )
+    sys.argv = [f"mmbase bench {subject}", *rest]
+    importlib.import_module(f"mmbase_bench.{subject}").main()
 
 
 def _templates(given: list[str] | None) -> str | list[str]:

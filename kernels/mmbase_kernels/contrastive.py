@@ -71,7 +71,7 @@ def clip_loss(
         compute_dtype: dtype to which the features are rounded for the matrix products; None: their own. Unit vectors in
             float16 keep 8 times the precision they have in bfloat16. Gradients keep the features' dtype.
         stash_bytes: keep the logits from forward to backward if they take no more than this (float32 in ``torch``,
-            float16 in ``triton``), which saves a quarter of the work; None: 64 MiB.
+            float16 in ``triton``), which saves a quarter of the work; None: 256 MiB.
         impl: ``triton`` (CUDA), ``torch`` (any device), both with O((M+N)·D) memory plus a bounded workspace and the
             stash; ``reference`` (the equation as written, in float64, O(M·N) memory); ``auto``.
 

@@ -90,7 +90,7 @@ def train_loop(
                 center_projections(model, batch)
             with precision.autocast(device):
                 output = model(batch["image"], batch["text"])
-            loss = compute_loss(**output, image_ids=batch["caption_id"], text_ids=batch["caption_id"])
+                loss = compute_loss(**output, image_ids=batch["caption_id"], text_ids=batch["caption_id"])
 
             optimizer.zero_grad()
             loss.backward()

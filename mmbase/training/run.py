@@ -22,6 +22,7 @@ from mmbase.data.stream import open_stream
 from mmbase.data.tokenizer import FileTokenizer, Tokenizer, train_tokenizer
 from mmbase.errors import MmbaseError
 from mmbase.files import write_atomically
+from mmbase.losses.precision import describe_products
 from mmbase.models.clip import CLIP
 from mmbase.training.checkpoint import save_weights
 from mmbase.training.loop import train_loop
@@ -209,5 +210,6 @@ def banner(config: RunConfig, console: Console, *, device: str, precision: Any, 
     )
     console.print(
         f"  training   {settings.steps} steps of {settings.batch_size} pairs, {settings.steps * settings.batch_size:,} "
-        f"presentations, {settings.loss} loss in chunked PyTorch"
+        f"presentations"
     )
+    console.print(f"  loss       {settings.loss}: {describe_products(torch.device(device), precision.dtype)}")
