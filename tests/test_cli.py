@@ -56,7 +56,7 @@ def test_help_and_version_free_imports_load_no_torch():
     assert done.stdout.split() == ["False", "False"]
     help_text = mm("--help")
     assert help_text.returncode == 0
-    for verb in ("train", "eval", "zeroshot", "embed", "export", "models", "config", "doctor"):
+    for verb in ("train", "eval", "zeroshot", "embed", "export", "models", "config", "doctor", "bench"):
         assert verb in help_text.stdout
 
 

@@ -22,6 +22,7 @@ from mmbase_kernels.dispatch import (
     check_matches,
     choose,
     match_mask,
+    refuse_forward_mode,
 )
 from mmbase_kernels.targets import Targets, plan_targets
 
@@ -80,11 +81,12 @@ def clip_loss(
         of ``reference``.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not go together; an unknown ``impl``; no match at all.
+        ValueError: shapes, dtypes or devices that do not go together; an unknown ``impl``; an offset that leaves no
+            match. Ids that leave none are no error: the loss is 0.
     """
     check_features(image_features, text_features, compute_dtype)
     rows, columns = len(image_features), len(text_features)
-    check_matches(rows, columns, image_ids, text_ids, offset)
+    check_matches(image_features, text_features, image_ids, text_ids, offset)
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1), not {label_smoothing}")
     shift = offset or 0
@@ -99,6 +101,7 @@ def clip_loss(
         loss = _reference(image_features, text_features, scale, match_MN, label_smoothing)
     else:
         check_kernel_dtype(image_features, chosen)
+        refuse_forward_mode("clip_loss", image_features, text_features, scale)
         if image_ids is not None and text_ids is not None:
             image_ids, text_ids = image_ids.long(), text_ids.long()
         with torch.no_grad():
@@ -202,9 +205,10 @@ def _forward_op(
 @_forward_op.register_fake
 def _(image_MD, text_ND, scale, *rest):
     rows, columns = len(image_MD), len(text_ND)
-    image_ids, stash_bytes, impl = rest[6], rest[-2], rest[-1]
+    image_ids, compute_dtype, stash_bytes, impl = rest[6], *rest[-3:]
     new = image_MD.new_empty
-    shape, dtype = softmax.stash_layout(rows, columns, stash_bytes, impl)
+    dtype = compute_dtype or image_MD.dtype
+    shape, dtype = softmax.stash_layout(image_MD, text_ND, dtype, image_ids is not None, stash_bytes, impl)
     return (
         new((), dtype=torch.float32),
         new(rows, dtype=torch.float64),

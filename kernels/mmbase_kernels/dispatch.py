@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
+import importlib.util
 import os
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SM_100_TRITON = (3, 9)
+"""The first Triton that compiles every kernel for sm_100."""
 STASH_BYTES = 256 << 20
 """Default budget for logits kept between the passes of the softmax loss: 8,192 x 8,192 of them in float32; in 16 bits
 the 1,024 rows of a rank against 131,072 columns."""
@@ -22,22 +28,42 @@ def choose(impl: str, features: Tensor, compute_dtype: torch.dtype | None = None
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, not {impl!r}")
-    on_gpu = features.device.type == "cuda"
     if impl == "auto":
-        return "triton" if on_gpu and (compute_dtype or features.dtype) in DTYPES[1:] and has_triton() else "torch"
-    if impl == "triton" and not (has_triton() and (on_gpu or interpreted())):
-        reason = f"the features are on {features.device}" if has_triton() else "triton is not installed"
-        raise ValueError(f"impl='triton' needs a CUDA device and triton; {reason}: use impl='torch' or 'auto'")
+        narrow = (compute_dtype or features.dtype) in DTYPES[1:]
+        return "triton" if narrow and features.device.type == "cuda" and not hindrance(features.device) else "torch"
+    if impl == "triton" and (reason := hindrance(features.device)):
+        raise ValueError(f"impl='triton' cannot run: {reason}; use impl='torch' or 'auto'")
     return impl
 
 
-def has_triton() -> bool:
-    """Whether Triton can be imported."""
+@torch.compiler.assume_constant_result
+def hindrance(device: torch.device) -> str:
+    """Why the Triton kernels cannot run on a device; empty if they can."""
+    return _hindrance(device)
+
+
+@functools.cache
+def _hindrance(device: torch.device) -> str:
     try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "triton is not installed"
+    if device.type != "cuda":
+        return "" if interpreted() else f"it needs a CUDA device, and the features are on {device}"
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(device).gcnArchName
+        return "" if name.startswith("gfx942") else f"of AMD's devices it knows gfx942, not {name}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"it needs compute capability 8.0, and {device} has {capability[0]}.{capability[1]}"
+    if capability[0] == 10 and tuple(int(part) for part in version.split(".")[:2]) < SM_100_TRITON:
+        return f"triton {version} does not compile all kernels for sm_100; install triton 3.9 or newer"
+    return ""
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def interpreted() -> bool:
@@ -51,7 +77,10 @@ def as_scalar(name: str, value: Tensor | float, device: torch.device) -> Tensor:
     Raises:
         ValueError: more than one element, or not a real number.
     """
-    scalar = torch.as_tensor(value)
+    try:
+        scalar = torch.as_tensor(value)
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{name} must be a number or a tensor of one, not {value!r}") from error
     if scalar.numel() != 1:
         raise ValueError(f"{name} must hold one number, not {list(scalar.shape)}")
     if scalar.is_complex():
@@ -66,6 +95,8 @@ def check_features(image_features: Tensor, text_features: Tensor, compute_dtype:
         ValueError: names the shapes, dtypes or devices at odds.
     """
     for name, features in (("image_features", image_features), ("text_features", text_features)):
+        if not isinstance(features, Tensor) or features.layout != torch.strided:
+            raise ValueError(f"{name} must be a dense tensor, not {getattr(features, 'layout', type(features))}")
         if features.ndim != 2 or 0 in features.shape:
             raise ValueError(f"{name} must be [rows, width] with no empty side, not {list(features.shape)}")
         if not features.is_floating_point():
@@ -94,14 +125,31 @@ def check_kernel_dtype(features: Tensor, impl: str) -> None:
         )
 
 
+def refuse_forward_mode(what: str, *tensors: Tensor) -> None:
+    """Operators of ``torch.library`` drop the tangents of forward-mode derivatives: the result would be 0 silently.
+
+    Raises:
+        RuntimeError: one of the tensors carries a tangent.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(f"{what} has no forward-mode derivative (jvp); impl='reference' has one")
+
+
 def check_matches(
-    rows: int, columns: int, image_ids: Tensor | None, text_ids: Tensor | None, offset: int | None
+    image_features: Tensor,
+    text_features: Tensor,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    offset: int | None,
 ) -> None:
-    """Refuse ids or an offset that do not go with the shapes.
+    """Refuse ids or an offset that do not go with the features.
 
     Raises:
         ValueError: names what is wrong.
     """
+    rows, columns = len(image_features), len(text_features)
     if (image_ids is None) != (text_ids is None):
         raise ValueError("give image_ids and text_ids, or neither")
     if image_ids is None or text_ids is None:
@@ -121,6 +169,8 @@ def check_matches(
     for name, ids in (("image_ids", image_ids), ("text_ids", text_ids)):
         if ids.is_floating_point() or ids.is_complex():
             raise ValueError(f"{name} must be integers, not {ids.dtype}")
+        if ids.device != image_features.device:
+            raise ValueError(f"devices differ: {name} on {ids.device}, features on {image_features.device}")
 
 
 def match_mask(

@@ -20,6 +20,7 @@ from mmbase_kernels.dispatch import (
     check_matches,
     choose,
     match_mask,
+    refuse_forward_mode,
 )
 from mmbase_kernels.sigmoid_pass import sigmoid_pass
 
@@ -54,13 +55,14 @@ def sigmoid_loss(
     if logit_bias is None:
         raise ValueError("sigmoid_loss needs a logit_bias; SigLIP starts it at -10")
     check_features(image_features, text_features, compute_dtype)
-    check_matches(len(image_features), len(text_features), image_ids, text_ids, offset)
+    check_matches(image_features, text_features, image_ids, text_ids, offset)
     scale = as_scalar("logit_scale", logit_scale, image_features.device)
     bias = as_scalar("logit_bias", logit_bias, image_features.device)
     chosen = choose(impl, image_features, compute_dtype)
     if chosen == "reference":
         return _reference(image_features, text_features, scale, bias, image_ids, text_ids, offset or 0, compute_dtype)
     check_kernel_dtype(image_features, chosen)
+    refuse_forward_mode("sigmoid_loss", image_features, text_features, scale, bias)
     if image_ids is not None and text_ids is not None:
         image_ids, text_ids = image_ids.long(), text_ids.long()
     differentiable = torch.is_grad_enabled() and any(

@@ -13,7 +13,6 @@ a duplicate of the match must cancel against it, which a log-sum-exp rounded to 
 
 from __future__ import annotations
 
-import math
 from types import ModuleType
 from typing import NamedTuple
 
@@ -34,7 +33,7 @@ class Statistics(NamedTuple):
     match_M: Tensor
     """float32, without ids: ``z`` at (i, i + offset), -inf where that column is outside; with ids: empty."""
     positive: Tensor
-    """float32 scalar, with ids: sum over matches of (row_share + column_share) * z; without ids: 0."""
+    """float64 scalar, with ids: sum over matches of (row_share + column_share) * z; without ids: 0."""
     stash: Tensor
     """Logits kept for the second pass in the implementation's own layout; empty if none are."""
 
@@ -61,15 +60,20 @@ def implementation(impl: str) -> ModuleType:
     return softmax_torch
 
 
-def stash_layout(rows: int, columns: int, stash_bytes: int, impl: str) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype of the stash under a budget; ``(0,)`` if the logits do not fit.
+def stash_layout(
+    image_MD: Tensor, text_ND: Tensor, dtype: torch.dtype, ids: bool, stash_bytes: int, impl: str
+) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of the stash that :func:`statistics` returns under a budget; ``(0,)`` if nothing is kept.
 
-    Each implementation has ``STASH_DTYPE`` and ``stash_shape(rows, columns)``.
+    Args:
+        image_MD: only its shape and device matter.
+        text_ND: only its shape matters.
+        dtype: that of the products.
+        ids: whether matches are told by ids.
+        stash_bytes: the budget.
+        impl: ``torch`` or ``triton``.
     """
-    module = implementation(impl)
-    shape = module.stash_shape(rows, columns)
-    fits = math.prod(shape) * module.STASH_DTYPE.itemsize <= stash_bytes
-    return (shape if fits else (0,)), module.STASH_DTYPE
+    return implementation(impl).stash_layout(image_MD, text_ND, dtype, ids, stash_bytes)
 
 
 def statistics(

@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 
 from mmbase_kernels.bands import Bands, Tile, add_product
-from mmbase_kernels.softmax import Gradients, Statistics, stash_layout
+from mmbase_kernels.softmax import Gradients, Statistics
 from mmbase_kernels.targets import Targets
 
 SPREAD = 80.0
 """exp(-80) and exp(80) are far inside float32: within such a spread one exponential serves rows and columns."""
 
-STASH_DTYPE = torch.float32
 
-
-def stash_shape(rows: int, columns: int) -> tuple[int, ...]:
-    """Logits as they stand."""
-    return rows, columns
+def stash_layout(
+    image_MD: Tensor, text_ND: Tensor, dtype: torch.dtype, ids: bool, stash_bytes: int
+) -> tuple[tuple[int, ...], torch.dtype]:
+    """See :func:`mmbase_kernels.softmax.stash_layout`: logits as they stand, float32."""
+    rows, columns = len(image_MD), len(text_ND)
+    return ((rows, columns) if 4 * rows * columns <= stash_bytes else (0,)), torch.float32
 
 
 def statistics(
@@ -35,14 +36,15 @@ def statistics(
     """See :func:`mmbase_kernels.softmax.statistics`."""
     shape = len(image_MD), len(text_ND)
     counted = shape[1] if columns else 0
-    kept_shape, stash_dtype = stash_layout(*shape, stash_bytes, "torch")
+    ids = targets.image_ids_M is not None
+    kept_shape, stash_dtype = stash_layout(image_MD, text_ND, image_MD.dtype, ids, stash_bytes)
     keep = kept_shape == shape
     stash = image_MD.new_empty(kept_shape, dtype=stash_dtype)
     row_lse_M = image_MD.new_empty(shape[0], dtype=torch.float64)
-    matched = shape[0] if targets.image_ids_M is None else 0
+    matched = 0 if ids else shape[0]
     match_M = image_MD.new_full((matched,), -torch.inf, dtype=torch.float32)
     column_max_N, column_sum_N = match_M.new_full((counted,), -torch.inf), match_M.new_zeros(counted)
-    positive = match_M.new_zeros(())
+    positive = row_lse_M.new_zeros(())
     bands = Bands(image_MD, text_ND, scale)
     for rows, band_RD in bands:
         row_parts, column_parts = [], []
@@ -54,7 +56,7 @@ def statistics(
                 match_M[tile.diagonal_rows(targets.offset)] = match
                 match.fill_(-torch.inf)
             else:
-                positive += (_shares(targets, tile) * tile.buffer_RC).sum()
+                positive += _positive(targets, tile)
             row_part, column_part = _maxima_and_sums(tile.buffer_RC, columns)
             row_parts.append(row_part)
             column_parts.append(column_part)
@@ -182,15 +184,27 @@ def _log_sum(maximum: Tensor, total: Tensor) -> Tensor:
     return maximum + total.double().log()
 
 
+def _matches(targets: Targets, tile: Tile) -> Tensor:
+    """Boolean ``[R, C]``, with ids."""
+    assert targets.image_ids_M is not None and targets.text_ids_N is not None
+    return targets.image_ids_M[tile.rows, None] == targets.text_ids_N[tile.columns]
+
+
+def _positive(targets: Targets, tile: Tile) -> Tensor:
+    """What the tile adds to ``Statistics.positive``: in float32 only a row's or a column's matches are summed."""
+    match_RC = tile.buffer_RC * _matches(targets, tile)
+    by_row = targets.row_share_M[tile.rows].double() * match_RC.sum(1)
+    by_column = targets.column_share_N[tile.columns].double() * match_RC.sum(0)
+    return by_row.sum() + by_column.sum()
+
+
 def _shares(targets: Targets, tile: Tile) -> Tensor:
     """``[R, C]`` with ids: weight of each match in its row and its column, 0 elsewhere."""
-    assert targets.image_ids_M is not None and targets.text_ids_N is not None
-    match_RC = targets.image_ids_M[tile.rows, None] == targets.text_ids_N[tile.columns]
-    return (targets.row_share_M[tile.rows, None] + targets.column_share_N[tile.columns]) * match_RC
+    return (targets.row_share_M[tile.rows, None] + targets.column_share_N[tile.columns]) * _matches(targets, tile)
 
 
 def _norm(targets: Targets, dtype: torch.dtype) -> Tensor:
     """What the gradient to the logits is divided by before it is rounded to 16 bits, so that it fits them."""
-    largest = targets.row_weight_M.max() + targets.column_weight_N.max()
+    largest = targets.row_weight_M.abs().max() + targets.column_weight_N.abs().max()  # over ranks of any sign
     largest = largest.clamp(min=1e-30)  # no match at all
     return largest / 16384 if dtype == torch.float16 else largest

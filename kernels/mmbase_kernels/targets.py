@@ -100,5 +100,7 @@ def smoothing_term(image_MD: Tensor, text_ND: Tensor, scale: Tensor, targets: Ta
     if targets.row_smooth_M is None or targets.column_smooth_N is None:
         return scale.new_zeros((), dtype=torch.float32)
     image, text = image_MD.float(), text_ND.float()
-    rows = (targets.row_smooth_M @ image) @ text.sum(0)
-    return scale.float() * (rows + image.sum(0) @ (targets.column_smooth_N @ text))
+    # Sums of products in place of matrix products, which autocast and TF32 would round.
+    rows = (targets.row_smooth_M[:, None] * image).sum(0) * text.sum(0)
+    columns = (targets.column_smooth_N[:, None] * text).sum(0) * image.sum(0)
+    return scale.float() * (rows + columns).sum()

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmbase.errors import MmbaseError, nearest
-from mmbase.losses.distributed import EXCHANGES, distributed_clip_loss, distributed_sigmoid_loss
+from mmbase.losses.distributed import check_exchange, distributed_clip_loss, distributed_sigmoid_loss
 from mmbase.losses.precision import product_dtype
 from mmbase_kernels import clip_loss, sigmoid_loss
 
@@ -32,7 +32,7 @@ class ContrastiveLoss(nn.Module):
         group: processes that share a batch; None: all.
 
     Raises:
-        MmbaseError: an unknown ``kind`` or ``exchange``.
+        MmbaseError: an unknown ``kind`` or ``exchange``, a ``label_smoothing`` out of range or of a sigmoid loss.
     """
 
     def __init__(
@@ -47,10 +47,11 @@ class ContrastiveLoss(nn.Module):
         super().__init__()
         if kind not in KINDS:
             raise MmbaseError(f"loss must be 'softmax' or 'sigmoid', not {kind!r}{nearest(kind, KINDS)}")
-        if exchange not in EXCHANGES:
-            raise MmbaseError(
-                f"exchange must be one of {', '.join(EXCHANGES)}, not {exchange!r}{nearest(exchange, EXCHANGES)}"
-            )
+        check_exchange(exchange)
+        if not 0.0 <= label_smoothing < 1.0:
+            raise MmbaseError(f"label_smoothing must be in [0, 1), not {label_smoothing}")
+        if kind == "sigmoid" and label_smoothing:
+            raise MmbaseError(f"label_smoothing={label_smoothing} is for the softmax loss: leave it 0 with 'sigmoid'")
         self.kind = kind
         self.label_smoothing = label_smoothing
         self.exchange = exchange

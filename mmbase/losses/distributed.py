@@ -11,13 +11,13 @@ from torch import Tensor
 
 from mmbase.errors import MmbaseError, nearest
 from mmbase.losses.collectives import gather_rows
-from mmbase.losses.shards import Shards
+from mmbase.losses.meeting import meet
 from mmbase.losses.sigmoid_over_ranks import GatherSigmoid, RingSigmoid, SigmoidPlan
 from mmbase.losses.softmax_gather import GatherSoftmax
 from mmbase.losses.softmax_one_way import OneWaySoftmax
 from mmbase.losses.softmax_plan import SoftmaxPlan, plan_softmax
 from mmbase.losses.softmax_ring import RingSoftmax
-from mmbase_kernels.dispatch import STASH_BYTES, as_scalar, check_features, check_kernel_dtype, check_matches, choose
+from mmbase_kernels.dispatch import STASH_BYTES, as_scalar, check_kernel_dtype, choose
 
 EXCHANGES = ("gather", "ring", "two-way ring")
 
@@ -74,7 +74,8 @@ def distributed_clip_loss(
         ValueError: features, ids or options that do not go together.
         MmbaseError: ranks that do not go together.
     """
-    shards = _meet(image_features, text_features, image_ids, text_ids, compute_dtype, exchange, group, equal_rows)
+    check_exchange(exchange)
+    shards = meet(image_features, text_features, image_ids, text_ids, compute_dtype, group, equal_rows)
     if local_value and (image_ids is not None or label_smoothing):
         raise MmbaseError("local_value takes neither ids nor label smoothing: use local_value=False")
     if local_value and not sum_gradients and exchange != "gather":
@@ -91,7 +92,7 @@ def distributed_clip_loss(
     budget = STASH_BYTES if stash_bytes is None else stash_bytes
     dtype = compute_dtype or image_features.dtype
     if local_value and not sum_gradients:
-        first = shards.offset(0)
+        first, budget = shards.offset(0), budget // 2  # of two rectangles
         with torch.no_grad():
             all_texts = gather_rows(text_features.to(dtype), shards.text_rows, group)
             all_images = gather_rows(image_features.to(dtype), shards.image_rows, group)
@@ -139,6 +140,7 @@ def distributed_sigmoid_loss(
     gradients is that of one process; scale and bias take this rank's part of the sum, as OpenCLIP's. With
     ``local_value`` a rank returns, as in OpenCLIP, the sum over its images and all texts divided by its images, and
     features take the sum over ranks of those losses' gradients: the same gradients if all ranks hold as many rows.
+    Where what reaches the ranks' losses differs, the table in :mod:`mmbase.losses.softmax_plan` holds here too.
 
     Args:
         image_features: as in :func:`distributed_clip_loss`, as all that is not named here.
@@ -158,7 +160,8 @@ def distributed_sigmoid_loss(
         ValueError: features, ids or options that do not go together.
         MmbaseError: ranks that do not go together.
     """
-    shards = _meet(image_features, text_features, image_ids, text_ids, compute_dtype, exchange, group, equal_rows)
+    check_exchange(exchange)
+    shards = meet(image_features, text_features, image_ids, text_ids, compute_dtype, group, equal_rows)
     device = image_features.device
     scale, bias = as_scalar("logit_scale", logit_scale, device), as_scalar("logit_bias", logit_bias, device)
     plan = SigmoidPlan(
@@ -175,30 +178,16 @@ def distributed_sigmoid_loss(
     return function.apply(image_features, text_features, scale, bias, plan)
 
 
-def _meet(
-    image_features: Tensor,
-    text_features: Tensor,
-    image_ids: Tensor | None,
-    text_ids: Tensor | None,
-    compute_dtype: torch.dtype | None,
-    exchange: str,
-    group: dist.ProcessGroup | None,
-    equal_rows: bool,
-) -> Shards:
-    """Learn what the other ranks hold, then refuse what does not go together: on all ranks, lest some wait for ever."""
+def check_exchange(exchange: str) -> None:
+    """Refuse a way to bring texts to other ranks that there is not.
+
+    Raises:
+        MmbaseError: names the nearest.
+    """
     if exchange not in EXCHANGES:
         raise MmbaseError(
             f"exchange must be one of {', '.join(EXCHANGES)}, not {exchange!r}{nearest(exchange, EXCHANGES)}"
         )
-    shards = Shards.exchange(image_features, text_features, group, equal_rows)
-    check_features(image_features, text_features, compute_dtype)
-    if image_ids is None and shards.image_rows != shards.text_rows:
-        raise MmbaseError(
-            f"ranks hold {list(shards.image_rows)} images and {list(shards.text_rows)} texts: without ids image i of a "
-            "rank matches its text i, so give each rank as many texts as images"
-        )
-    check_matches(len(image_features), len(text_features), image_ids, text_ids, None)
-    return shards
 
 
 def _implementation(impl: str, features: Tensor, compute_dtype: torch.dtype | None) -> str:

@@ -4,7 +4,7 @@ Equal to OpenCLIP 3.3.0 in value and gradients, with these differences, all towa
 
 * The loss is float32, whatever the features' dtype; logits are never rounded to 16 bits.
 * Under CUDA autocast float32 features are multiplied as float16 (see :func:`mmbase.losses.precision.product_dtype`); on
-  a CPU they stay float32. Features of two dtypes are converted to the wider one.
+  a CPU they stay float32. Features to which autocast gave two dtypes are converted to the wider one.
 * ``ClipLoss(local_loss=True, gather_with_grad=True)``: the gradient to the scale is the mean over ranks of OpenCLIP's,
   the same on each, which is what DistributedDataParallel makes of OpenCLIP's as well.
 * Ranks may hold different numbers of rows. To equal one process then, losses would have to be weighted by rows, which
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmbase.errors import MmbaseError, nearest
-from mmbase.losses.distributed import EXCHANGES, distributed_clip_loss, distributed_sigmoid_loss
+from mmbase.losses.distributed import check_exchange, distributed_clip_loss, distributed_sigmoid_loss
 from mmbase.losses.precision import common_dtype, product_dtype
 from mmbase_kernels import clip_loss, sigmoid_loss
 
@@ -59,10 +59,7 @@ class ClipLoss(nn.Module):
         super().__init__()
         if use_horovod:
             raise MmbaseError("use_horovod=True is not supported: start the training with torchrun and leave it off")
-        if exchange not in EXCHANGES:
-            raise MmbaseError(
-                f"exchange must be one of {', '.join(EXCHANGES)}, not {exchange!r}{nearest(exchange, EXCHANGES)}"
-            )
+        check_exchange(exchange)
         _check_rank(rank, world_size)
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad

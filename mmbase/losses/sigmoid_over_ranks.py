@@ -7,8 +7,9 @@ known yet, so the texts' gradients, which are sums over ranks, are scaled in the
 * gathered: a rank's part for all texts (float32, as large as the gathered features) waits for the backward pass, is
   scaled there, and summed by a reduce-scatter in the texts' dtype;
 * ring: the float32 sums travel with their block and are home after the forward pass; memory does not grow with the
-  number of ranks. They are right up to a factor if the same gradient reaches every rank's loss, as it does in training.
-  If not (the backward pass looks, which waits for the device), the round is run again with the true factors.
+  number of ranks. Of the whole batch's loss they are right up to a factor. Of the ranks' own (``local_value``) they are
+  if the same gradient reaches every rank's loss, as it does in training; if not (the backward pass looks, which waits
+  for the device), the round is run again with the true factors.
 
 Letters: M image rows of this rank, K text rows of the block at hand, N text rows of all ranks, D width.
 """
@@ -50,10 +51,12 @@ class SigmoidPlan:
         """Factor from the sum over this rank's pairs to its part of the loss."""
         return 1 / (self.shards.image_rows[self.shards.rank] if self.local_value else self.shards.images)
 
-    @property
-    def gradient_share(self) -> float:
-        """The same in the backward pass: the mean over ranks of these gradients is that of the whole batch's loss."""
-        return self.value_share if self.local_value else self.value_share * self.shards.world_size
+    def gradient_factor(self, grad: Tensor) -> Tensor:
+        """Factor from the gradient of the sum over this rank's pairs, given the one that reached this rank's loss.
+
+        Of the whole batch's loss, which every rank returns, that is the sum of what reached the ranks.
+        """
+        return (grad if self.local_value else sum_over_ranks(grad, self.shards.group)) * self.value_share
 
     def value(self, total: Tensor) -> Tensor:
         """What this rank returns, from the sum over its pairs."""
@@ -83,8 +86,8 @@ class GatherSigmoid(torch.autograd.Function):
             impl=plan.impl,
         )
         if plan.backward:
-            ctx.save_for_backward(image_MD, text_MD, scale, bias, *result[1:])
-            ctx.plan = plan
+            ctx.save_for_backward(*result[1:])
+            ctx.plan, ctx.dtypes = plan, (image_MD.dtype, text_MD.dtype, scale.dtype, bias.dtype)
         return plan.value(result.loss)
 
     @staticmethod
@@ -92,17 +95,18 @@ class GatherSigmoid(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
         """Scale what the forward pass found; sum the texts' over ranks."""
         plan: SigmoidPlan = ctx.plan
-        image_MD, text_MD, scale, bias, grad_image_MD, grad_text_ND, grad_scale, grad_bias = ctx.saved_tensors
-        factor = grad_outputs[0] * plan.gradient_share
+        grad_image_MD, grad_text_ND, grad_scale, grad_bias = ctx.saved_tensors
+        image_dtype, text_dtype, scale_dtype, bias_dtype = ctx.dtypes
+        factor = plan.gradient_factor(grad_outputs[0])
         grad_text_MD = None
         if ctx.needs_input_grad[1]:
-            scaled_ND = (grad_text_ND * factor).to(text_MD.dtype)
+            scaled_ND = (grad_text_ND * factor).to(text_dtype)
             grad_text_MD = scatter_sum(scaled_ND, plan.shards.text_rows, plan.shards.group)
         return (
-            (grad_image_MD * factor).to(image_MD.dtype),
+            (grad_image_MD * factor).to(image_dtype),
             grad_text_MD,
-            (grad_scale * factor).to(scale.dtype),
-            (grad_bias * factor).to(bias.dtype),
+            (grad_scale * factor).to(scale_dtype),
+            (grad_bias * factor).to(bias_dtype),
             None,
         )
 
@@ -113,7 +117,7 @@ class RingSigmoid(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, image_MD: Tensor, text_MD: Tensor, scale: Tensor, bias: Tensor, plan: SigmoidPlan) -> Tensor:
         """One round: loss and gradients, the texts' at home already."""
-        found = _Round(image_MD, text_MD, scale, bias, plan, plan.backward, plan.gradient_share)
+        found = _Round(image_MD, text_MD, scale, bias, plan, plan.backward, plan.value_share)
         if plan.backward:
             ctx.save_for_backward(
                 image_MD, text_MD, scale, bias, found.image_MD, found.text_MD, found.scale, found.bias
@@ -128,9 +132,11 @@ class RingSigmoid(torch.autograd.Function):
         plan: SigmoidPlan = ctx.plan
         image_MD, text_MD, scale, bias, grad_image_MD, grad_text_MD, grad_scale, grad_bias = ctx.saved_tensors
         grad = grad_outputs[0]
-        factor = grad * plan.gradient_share
+        factor = plan.gradient_factor(grad)
         if ctx.needs_input_grad[1]:
-            if len(set(gather_numbers(grad, plan.shards.group).tolist())) == 1:
+            if not plan.local_value:
+                grad_text_MD = grad_text_MD * (factor / plan.value_share)
+            elif len(set(gather_numbers(grad, plan.shards.group).tolist())) == 1:
                 grad_text_MD = grad_text_MD * grad
             else:
                 grad_text_MD = _Round(image_MD, text_MD, scale, bias, plan, True, factor).text_MD

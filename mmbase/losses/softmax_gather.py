@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from mmbase.losses.collectives import exchange_rows, gather_rows, scatter_sum, sum_over_ranks
 from mmbase.losses.shards import per_row
-from mmbase.losses.softmax_plan import OwnStatistics, SoftmaxPlan
+from mmbase.losses.softmax_plan import SoftmaxPlan
 from mmbase_kernels import softmax
 from mmbase_kernels.targets import smoothing_term
 
@@ -64,15 +64,15 @@ class GatherSoftmax(torch.autograd.Function):
         image_MD, text_ND, scale, row_lse_M, column_lse_M, match_M, stash = ctx.saved_tensors
         wants_text = ctx.needs_input_grad[1]
         scales = plan.scales(grad_outputs[0])
-        own, known = plan.block(shards.rank, scales), OwnStatistics(row_lse_M, column_lse_M, match_M)
-        row_total_M, column_total_M = known.totals(own)
+        own = row_lse_M, column_lse_M, match_M, plan.block(shards.rank, scales)
+        row_total_M, column_total_M = softmax.total_lse(*own)
         second = softmax.gradients(
             image_MD,
             text_ND,
             scale.float(),
             row_total_M,
             gather_rows(column_total_M, shards.text_rows, group),
-            known.match_gradient(own),
+            softmax.match_gradient(*own),
             plan.block(None, scales),
             stash=stash,
             text=wants_text,

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmbase.losses.collectives import gather_numbers, gather_rows, sum_over_ranks
-from mmbase.losses.shards import Shards, per_row
+from mmbase.losses.shards import Shards, on_device, per_row
 from mmbase_kernels import softmax
 from mmbase_kernels.targets import Targets, plan_targets
 
@@ -92,8 +92,7 @@ class SoftmaxPlan:
         """``[W]``: from the mean over all rows to the mean over a rank's own; None: the value is that of all rows."""
         if not self.local_value:
             return None
-        rows_W = torch.tensor(self.shards.image_rows, device=self.targets.row_weight_M.device)
-        return self.shards.images / rows_W.float()
+        return self.shards.images / on_device(self.shards.image_rows, self.targets.row_weight_M.device).float()
 
     def own_value(self, row_lse_M: Tensor, column_lse_M: Tensor, match_M: Tensor, positive: Tensor) -> Tensor:
         """float64: this rank's share of the loss before smoothing, of its rows, its columns and its positives."""
@@ -165,21 +164,3 @@ def part(targets: Targets, rows: slice, columns: slice) -> Targets:
         cut(targets.text_ids_N, columns),
         rows.start + targets.offset - columns.start,
     )
-
-
-@dataclass(frozen=True)
-class OwnStatistics:
-    """What a rank knows of its own rows and columns after the first pass, over the whole batch."""
-
-    row_lse_M: Tensor
-    """As :class:`mmbase_kernels.softmax.Statistics` has them: without the match unless there are ids."""
-    column_lse_M: Tensor
-    match_M: Tensor
-
-    def totals(self, own: Targets) -> tuple[Tensor, Tensor]:
-        """Log-sum-exps of the own rows and columns with the match put back."""
-        return softmax.total_lse(self.row_lse_M, self.column_lse_M, self.match_M, own)
-
-    def match_gradient(self, own: Targets) -> Tensor:
-        """Gradient at the matches of the own rows, which lie in the own columns unless there are ids."""
-        return softmax.match_gradient(self.row_lse_M, self.column_lse_M, self.match_M, own)

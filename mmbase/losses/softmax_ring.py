@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from mmbase.losses.collectives import sum_over_ranks
 from mmbase.losses.ring import Block, rotate
-from mmbase.losses.softmax_plan import OwnStatistics, SoftmaxPlan
+from mmbase.losses.softmax_plan import SoftmaxPlan
 from mmbase_kernels import softmax
 from mmbase_kernels.targets import smoothing_term
 
@@ -69,9 +69,9 @@ class RingSoftmax(torch.autograd.Function):
         image_MD, text_KD, scale, row_lse_M, column_lse_M, match_M = ctx.saved_tensors
         wants_text = ctx.needs_input_grad[1]
         scales = plan.scales(grad_outputs[0])
-        own, known = plan.block(shards.rank, scales), OwnStatistics(row_lse_M, column_lse_M, match_M)
-        row_total_M, column_total_M = known.totals(own)
-        match_gradient_M = known.match_gradient(own)
+        own = row_lse_M, column_lse_M, match_M, plan.block(shards.rank, scales)
+        row_total_M, column_total_M = softmax.total_lse(*own)
+        match_gradient_M = softmax.match_gradient(*own)
         grad_image_MD = torch.zeros_like(image_MD, dtype=torch.float32, memory_format=torch.contiguous_format)
         scale_f = scale.float()
         grad_scale = scale_f.new_zeros(())

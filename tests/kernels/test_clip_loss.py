@@ -1,10 +1,12 @@
 """The softmax loss of PyTorch operations against float64 and against PyTorch's own, gradients included."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from mmbase_kernels import bands, clip_loss, softmax
+from mmbase_kernels import bands, clip_loss, softmax, softmax_torch
 from mmbase_kernels.targets import plan_targets
 
 from .pairs import assert_close_to_float64, errors, magnitudes, pair, softmax64, softmax64_of, value_and_gradients
@@ -67,6 +69,16 @@ def test_ids_and_label_smoothing(side, impl, smoothing, ids, rows, columns, offs
     assert max(errors(got, want)) < 3e-6
 
 
+def test_a_small_loss_with_ids_at_a_large_scale(side):
+    """Positives near 90, losses near 0: their sum rounded to float32 would be off by 4e-6."""
+    ids = {"image_ids": torch.arange(30), "text_ids": torch.arange(30)}
+    for seed in range(8):
+        images, texts = pair(30, 30, 64, seed=seed, kind="aligned")
+        images[1], texts[1] = images[0], texts[0]
+        want = softmax64(images, texts, torch.tensor(100.0), **ids)
+        assert (clip_loss(images, texts, 100.0, **ids) - want).abs() <= 1e-6 * want
+
+
 def test_label_smoothing_equals_cross_entropy():
     images, texts = pair(20, 20, 16, seed=1)
     logits = 10 * images @ texts.T
@@ -75,6 +87,25 @@ def test_label_smoothing_equals_cross_entropy():
     for impl in ("torch", "reference"):
         got = clip_loss(images, texts, torch.tensor(10.0), label_smoothing=0.1, impl=impl)
         assert torch.allclose(got, want, rtol=1e-6)
+
+
+def test_autocast_rounds_nothing():
+    values = [*pair(20, 20, 16, seed=1), torch.tensor(30.0)]
+    want = value_and_gradients(lambda *v: clip_loss(*v, label_smoothing=0.1), values)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = value_and_gradients(lambda *v: clip_loss(*v, label_smoothing=0.1), values)
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_weights_of_both_signs_fit_16_bits(dtype):
+    """As over ranks whose losses take gradients of different signs: G / norm is at most 1, or 2^14 in float16."""
+    targets = plan_targets(4, 6, torch.device("cpu"))
+    targets = dataclasses.replace(
+        targets, row_weight_M=torch.full((4,), -0.125), column_weight_N=torch.tensor([0.125, -0.25, 0, 0, 0, 0.1])
+    )
+    norm = softmax_torch._norm(targets, dtype)
+    assert norm * (2**14 if dtype == torch.float16 else 1) == 0.375
 
 
 def test_equal_to_openclip():
@@ -216,7 +247,7 @@ def test_views_work(view):
         (torch.randn(3, 4).long(), torch.randn(3, 4).long(), {}, "floating point, not torch.int64"),
         (torch.randn(3, 4).double(), torch.randn(3, 4).double(), {}, "not torch.float64; impl='reference' does"),
         (torch.randn(3, 4), torch.randn(3, 4), {"impl": "tritn"}, "tritn"),
-        (torch.randn(3, 4), torch.randn(3, 4), {"impl": "triton"}, "needs a CUDA device.*cpu.*impl='torch'"),
+        (torch.randn(3, 4), torch.randn(3, 4), {"impl": "triton"}, "needs a CUDA device.*on cpu; use impl=.torch."),
         (torch.randn(3, 4), torch.randn(3, 4), {"compute_dtype": torch.int8}, "not torch.int8"),
         (torch.randn(3, 4), torch.randn(3, 4), {"image_ids": torch.arange(3)}, "or neither"),
         (
@@ -238,6 +269,14 @@ def test_views_work(view):
             "must be integers, not torch.float32",
         ),
         (torch.randn(3, 4), torch.randn(3, 4), {"label_smoothing": 1.5}, "1.5"),
+        (torch.randn(3, 4).to_sparse(), torch.randn(3, 4), {}, "must be a dense tensor, not torch.sparse_coo"),
+        (None, torch.randn(3, 4), {}, "image_features must be a dense tensor, not .*NoneType"),
+        (
+            torch.randn(3, 4),
+            torch.randn(3, 4),
+            {"image_ids": torch.arange(3), "text_ids": torch.arange(3, device="meta")},
+            "devices differ: text_ids on meta, features on cpu",
+        ),
     ],
 )
 def test_bad_input(images, texts, extra, message):
@@ -248,3 +287,5 @@ def test_bad_input(images, texts, extra, message):
 def test_a_scale_that_is_no_scalar():
     with pytest.raises(ValueError, match=r"logit_scale must hold one number, not \[3\]"):
         clip_loss(torch.randn(3, 4), torch.randn(3, 4), torch.ones(3))
+    with pytest.raises(ValueError, match="logit_scale must be a number or a tensor of one, not None"):
+        clip_loss(torch.randn(3, 4), torch.randn(3, 4), None)

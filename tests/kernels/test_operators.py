@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmbase_kernels import clip_loss, sigmoid, sigmoid_loss, softmax
+from mmbase_kernels import clip_loss, dispatch, sigmoid, sigmoid_loss, softmax
 from mmbase_kernels.targets import plan_targets
 
 from .pairs import pair, value_and_gradients
@@ -93,6 +93,14 @@ def test_second_derivatives_are_refused(kind):
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("kind", LOSSES)
+def test_forward_mode_is_refused(kind):
+    """An operator of torch.library drops tangents: the derivative would be 0."""
+    values = inputs()
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda images: LOSSES[kind](images, *values[1:]), (values[0],), (values[0],))
+
+
 def test_the_reference_has_second_derivatives():
     images, texts, scale, bias = (value.double().requires_grad_() for value in inputs(4, 4))
     for function in (lambda *v: clip_loss(*v[:3], impl="reference"), lambda *v: sigmoid_loss(*v, impl="reference")):
@@ -138,3 +146,15 @@ def test_no_gradient_work_without_need(kind, monkeypatch):
     assert asked == [0, 0]  # no bytes, or False
     assert LOSSES[kind](*leaves).requires_grad
     assert bool(asked[2]) == (kind != "softmax, no stash")
+
+
+def test_the_choice_of_an_implementation_is_no_graph_break():
+    """What ``auto`` asks on a GPU, asked here."""
+    torch._dynamo.reset()
+
+    def asked(tensor):
+        return tensor + len(dispatch.hindrance(tensor.device))
+
+    compiled = torch.compile(asked, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.zeros(2)), asked(torch.zeros(2)))
+    assert "needs a CUDA device" in dispatch.hindrance(torch.device("cpu"))

@@ -261,12 +261,29 @@ def other_cases(rank, world):
         image[0, 0] = torch.nan
     yield "nan", found(distributed_clip_loss(image, text, scale, exchange="ring"), [image, text, scale], 1.0)
 
+    # What reaches the ranks' losses differs, the loss is that of the whole batch: its gradient times their sum.
+    for exchange in ("gather", "ring"):
+        tensors = leaves(rows, rank)
+        loss = distributed_sigmoid_loss(*tensors, exchange=exchange)
+        yield f"sigmoid factors, {exchange}", found(loss, tensors, (1.0, -0.5, 2.0, 0.25)[rank])
+
     messages = {}
+    odd, ids = rank == world - 1, torch.arange(len(image))
+    first = dist.new_group([0])
+    narrow = torch.bfloat16 if odd else torch.float16
     for name, call in {
         "empty rank": lambda: distributed_clip_loss(image[: len(image) * (rank > 0)], text, scale),
         "wrong world": lambda: ClipLoss(rank=rank, world_size=world + 1)(image, text, scale),
         "unpaired": lambda: distributed_clip_loss(image, text[: len(text) - rank], scale),
         "widths": lambda: distributed_clip_loss(image, text[:, rank:], scale),
+        "dtype": lambda: distributed_clip_loss(image.to(narrow), text.to(narrow), scale),
+        "ids": lambda: distributed_clip_loss(
+            image, text, scale, **({"image_ids": ids, "text_ids": ids} if odd else {})
+        ),
+        "gradients": lambda: distributed_clip_loss(image, text.detach() if odd else text, scale),
+        "vector": lambda: distributed_clip_loss(image[0] if odd else image, text, scale),
+        "ids alone": lambda: distributed_clip_loss(image, text, scale, image_ids=ids if odd else None),
+        "outside": lambda: distributed_clip_loss(image, text, scale, group=first) if rank else None,
     }.items():
         try:
             call()

@@ -82,6 +82,8 @@ def test_gradients_stay_float32_under_autocast_on_a_gpu():
     [
         (lambda: ContrastiveLoss("sofmax"), "'sofmax'; did you mean 'softmax'"),
         (lambda: ContrastiveLoss(exchange="rings"), "'rings'; did you mean 'ring'"),
+        (lambda: ContrastiveLoss("softmax", 1.0), r"must be in \[0, 1\), not 1.0"),
+        (lambda: ContrastiveLoss("sigmoid", 0.1), "label_smoothing=0.1 is for the softmax loss"),
         (lambda: ContrastiveLoss("sigmoid")(**output() | {"logit_bias": None}), "model.init_logit_bias=-10"),
     ],
 )

@@ -198,7 +198,7 @@ def test_half_of_openclips_work_and_traffic(ranks, world):
         assert theirs["flops"] == 6 * product
         assert ours["flops"] == 3 * product  # the logits are kept: they fit into the default budget
         assert theirs["bytes"] == 4 * features * size  # images and texts, there and back
-        # Texts there and back, a float64 log-sum-exp of a column there and back, and four numbers of 8 bytes.
+        # Texts there and back, a float64 log-sum-exp of a column there and back, and eight numbers of 8 bytes.
         statistics = 16 * (world - 1) * rows
         assert 2 * features * size <= ours["bytes"] <= 2 * features * size + statistics + 64 * world
         print(
@@ -260,7 +260,7 @@ def test_other_uses(ranks, world):
     for result in results:
         other = result["other"]
         assert other["twice"] == dict.fromkeys(other["twice"], True) and len(other["twice"]) == 4
-        assert other["equal rows"] == {"equal": True, "saved": 32 * (world - 1)}
+        assert other["equal rows"] == {"equal": True, "saved": 64 * (world - 1)}
         assert len(other["refused"]) == 4 and all("once_differentiable" in text for text in other["refused"].values())
         assert all((other["zero"][name] == 0).all() for name in ("image", "text", "scale"))
         assert all(other["nan"][name].isnan().any() for name in ("loss", "image", "text", "scale"))
@@ -280,6 +280,33 @@ def test_mistakes_on_one_rank_raise_on_all(ranks, world):
         assert f"world_size={world + 1}, but this process is rank" in messages["wrong world"]
         assert "ranks hold" in messages["unpaired"]
         assert "widths differ" in messages["widths"]
+        for name, found in {
+            "dtype": "torch.float16, torch.bfloat16)",
+            "ids": "none, given)",
+            "gradients": "texts, images)",
+        }.items():
+            assert f"ranks differ in {name}" in messages[name] and found in messages[name]
+    last = world - 1
+    for name, own in {"vector": "with no empty side", "ids alone": "or neither"}.items():
+        *others, odd = (result["other"]["messages"][name] for result in ranks(world))
+        assert own in odd and all(f"rank {last} was given what it cannot use" in other for other in others)
+    assert all(
+        "not in the loss's process group" in result["other"]["messages"]["outside"] for result in ranks(world)[1:]
+    )
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+def test_gradients_of_the_whole_sigmoid_loss_that_differ_between_ranks(ranks, world, exchange):
+    got = over_ranks(ranks(world), "other", f"sigmoid factors, {exchange}")
+    images, texts, _ = worker.whole_batch(worker.EVEN[:world])
+    values = [images, texts, torch.tensor(worker.SCALE), torch.tensor(worker.BIAS)]
+    leaves = [value.double().requires_grad_() for value in values]
+    (sum((1.0, -0.5, 2.0, 0.25)[:world]) * float64_loss("sigmoid", *leaves, None, 0.0)).backward()
+    assert relative(got["image"], leaves[0].grad) <= 1e-6
+    assert relative(got["text"], leaves[1].grad) <= 1e-6
+    assert scale_error(sum(got["scale"]), leaves[2].grad, images, leaves[0].grad) <= 1e-6
+    assert relative(sum(got["bias"]), leaves[3].grad) <= 1e-6
 
 
 @pytest.mark.gpu
