@@ -23,6 +23,7 @@ def run(*arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow  # .ci/run compiles everything for every target
 def test_sm_90_in_bfloat16_neither_spills_nor_misses_hgmma(tmp_path):
     report = tmp_path / "report.json"
     done = run("--targets", "sm_90", "--dtypes", "bf16", "--jobs", "2", "--json", str(report))
@@ -36,7 +37,7 @@ def test_sm_90_in_bfloat16_neither_spills_nor_misses_hgmma(tmp_path):
     assert done.stdout.startswith("kernel ")
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # as above
 def test_everything_for_every_target(tmp_path):
     report = tmp_path / "report.json"
     done = run("--json", str(report))

@@ -120,7 +120,7 @@ def test_equal_to_one_process(ranks, world, case):
 @pytest.mark.parametrize("world", WORLDS[1:])
 @pytest.mark.parametrize("exchange", ["gather", "ring"])
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-def test_parameters_under_distributed_data_parallel(ranks, world, exchange, kind):
+def test_trap_6_parameters_under_distributed_data_parallel(ranks, world, exchange, kind):
     images, texts, ids = worker.whole_batch(worker.UNEVEN[:world])
     model = worker.Towers().double()
     output = model(images.double(), texts.double())
