@@ -1,6 +1,7 @@
 """Layers of both towers. Attention is called here and nowhere else.
 
-Shapes: B batch, N tokens, M query tokens, H heads, D head width (after an H) or model width, K kept tokens.
+Shapes: B batch, N tokens, M query tokens, H heads, D head width (after an H) or model width, K kept tokens, P tokens
+of a packed batch, of all its sequences together.
 """
 
 from __future__ import annotations
@@ -11,19 +12,33 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmbase.models.config import Activation
+from mmbase.models.packing import Packing, attend_by_length
 
 
-def attention(qkv_BN3HD: Tensor, *, causal: bool = False, keep_BN: Tensor | None = None) -> Tensor:
+def attention(
+    qkv_BN3HD: Tensor,
+    *,
+    causal: bool = False,
+    keep_BN: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Tensor:
     """Scaled dot-product self-attention on packed queries, keys and values: softmax(QKᵀ/√D)V.
 
     Args:
-        qkv_BN3HD: packed projections, any floating dtype.
+        qkv_BN3HD: packed projections, any floating dtype; qkv_P3HD with ``cu_seqlens``.
         causal: token i attends to tokens 0..i only.
         keep_BN: True for keys that may be attended to; None for all. Every query needs one such key in reach.
+        cu_seqlens: running sum of sequence lengths from 0 to P, int32 [B + 1]: token attends within its sequence only.
+        max_seqlen: the longest of these sequences.
 
     Returns:
-        out_BNHD in the dtype of the input.
+        out_BNHD, or out_PHD, in the dtype of the input.
     """
+    if cu_seqlens is not None:
+        if not max_seqlen or qkv_BN3HD.shape[0] < max_seqlen * (cu_seqlens.shape[0] - 1):
+            return attend_by_length(qkv_BN3HD, causal=causal, cu_seqlens=cu_seqlens)
+        return attention(qkv_BN3HD.unflatten(0, (-1, max_seqlen)), causal=causal).flatten(0, 1)  # none is shorter
     q_BHND, k_BHND, v_BHND = qkv_BN3HD.permute(2, 0, 3, 1, 4).unbind(0)
     return _attend(q_BHND, k_BHND, v_BHND, causal=causal, keep_BN=keep_BN).transpose(1, 2)
 
@@ -140,12 +155,34 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
         """Zero some samples and scale up the others, so that the expectation stays."""
         if not self.training or self.rate == 0.0:
             return x
-        keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= self.rate
+        samples = x.shape[0] if packing is None else packing.rows
+        keep = torch.rand(samples, *[1] * (x.ndim - 1), device=x.device) >= self.rate
+        if packing is not None:
+            keep = keep[packing.row_P]
         return x * keep.to(x.dtype).div(1.0 - self.rate)
+
+
+class Branch(nn.Sequential):
+    """What a residual branch passes through before it is added: nothing, in most models."""
+
+    def __init__(self, width: int, layer_scale: float | None, dropout: float, drop_path: float) -> None:
+        super().__init__()
+        if layer_scale is not None:
+            self.add_module("scale", LayerScale(width, layer_scale))
+        if dropout:
+            self.add_module("dropout", nn.Dropout(dropout))
+        if drop_path:
+            self.add_module("drop_path", DropPath(drop_path))
+
+    def forward(self, input: Tensor, packing: Packing | None = None) -> Tensor:
+        """Pass x_BND through, or x_PD of a packed batch."""
+        for part in self:
+            input = part(input, packing) if isinstance(part, DropPath) else part(input)
+        return input
 
 
 class PatchDropout(nn.Module):
@@ -179,10 +216,20 @@ class Attention(nn.Module):
         self.proj = Linear(width, width, std=out_std)
 
     def forward(
-        self, x_BND: Tensor, *, causal: bool = False, keep_BN: Tensor | None = None, token: Tensor | int | None = None
+        self,
+        x_BND: Tensor,
+        *,
+        causal: bool = False,
+        keep_BN: Tensor | None = None,
+        token: Tensor | int | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """Attend; with ``token`` only that token of each row asks, and the result is x_B1D."""
         qkv_BN3HD = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1))
+        if packing is not None:
+            out_PHD = attention(qkv_BN3HD, causal=causal, cu_seqlens=packing.cu_seqlens, max_seqlen=packing.max_seqlen)
+            # one query per sequence would need the keys padded again: more work than the others' short attention
+            return self.proj((out_PHD if token is None else take_token(out_PHD, token, packing)).flatten(-2))
         if token is None:
             out_BNHD = attention(qkv_BN3HD, causal=causal, keep_BN=keep_BN)
         else:
@@ -236,18 +283,24 @@ class Block(nn.Module):
         self.attn = Attention(width, heads, out_std=branch_std)
         self.norm2 = LayerNorm(width, eps=norm_eps)
         self.mlp = MLP(width, int(width * mlp_ratio), activation, in_std=(2 * width) ** -0.5, out_std=branch_std)
-        self.branch1 = _branch(width, layer_scale, dropout, drop_path)
-        self.branch2 = _branch(width, layer_scale, dropout, drop_path)
+        self.branch1 = Branch(width, layer_scale, dropout, drop_path)
+        self.branch2 = Branch(width, layer_scale, dropout, drop_path)
 
     def forward(
-        self, x_BND: Tensor, *, causal: bool = False, keep_BN: Tensor | None = None, token: Tensor | int | None = None
+        self,
+        x_BND: Tensor,
+        *,
+        causal: bool = False,
+        keep_BN: Tensor | None = None,
+        token: Tensor | int | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """Return x_BND, or with ``token`` only that token of each row, x_B1D, which is all that pooling needs."""
-        attended = self.attn(self.norm1(x_BND), causal=causal, keep_BN=keep_BN, token=token)
+        attended = self.attn(self.norm1(x_BND), causal=causal, keep_BN=keep_BN, token=token, packing=packing)
         if token is not None:
-            x_BND = take_token(x_BND, token)
-        x_BND = x_BND + self.branch1(attended)
-        return x_BND + self.branch2(self.mlp(self.norm2(x_BND)))
+            x_BND, packing = take_token(x_BND, token, packing), None
+        x_BND = x_BND + self.branch1(attended, packing)
+        return x_BND + self.branch2(self.mlp(self.norm2(x_BND)), packing)
 
 
 class Transformer(nn.Module):
@@ -287,25 +340,32 @@ class Transformer(nn.Module):
         )
 
     def forward(
-        self, x_BND: Tensor, *, causal: bool = False, keep_BN: Tensor | None = None, token: Tensor | int | None = None
+        self,
+        x_BND: Tensor,
+        *,
+        causal: bool = False,
+        keep_BN: Tensor | None = None,
+        token: Tensor | int | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """Run the blocks.
 
         Args:
-            x_BND: tokens.
+            x_BND: tokens, or x_PD with ``packing``.
             causal: attend to earlier tokens only.
-            keep_BN: True for tokens that may be attended to.
-            token: position of the one token of each row that is wanted, one for all rows or one each. The last block
-                then computes no other, which saves three quarters of it, and x_B1D is returned.
+            keep_BN: True for tokens that may be attended to; of packed tokens all may.
+            token: position in the padded batch of the one token of each row that is wanted, one for all rows or one
+                each. The last block then computes no other, which saves three quarters of it, and x_B1D is returned.
+            packing: where the tokens lie that are computed at all.
         """
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            wanted = token if i == last else None
+            options = {"causal": causal, "keep_BN": keep_BN, "token": token if i == last else None, "packing": packing}
             if self.checkpoint_activations and self.training:
-                x_BND = checkpoint(block, x_BND, causal=causal, keep_BN=keep_BN, token=wanted, use_reentrant=False)
+                x_BND = checkpoint(block, x_BND, use_reentrant=False, **options)
             else:
-                x_BND = block(x_BND, causal=causal, keep_BN=keep_BN, token=wanted)
-        return take_token(x_BND, token) if last < 0 and token is not None else x_BND
+                x_BND = block(x_BND, **options)
+        return take_token(x_BND, token, packing) if last < 0 and token is not None else x_BND
 
 
 class AttentionPool(nn.Module):
@@ -331,20 +391,13 @@ class AttentionPool(nn.Module):
         return x_BD + self.mlp(self.norm(x_BD))
 
 
-def take_token(x_BN: Tensor, token: Tensor | int) -> Tensor:
-    """Pick one token of each row along axis 1, keeping the axis: [B, N, ...] -> [B, 1, ...]."""
+def take_token(x_BN: Tensor, token: Tensor | int, packing: Packing | None = None) -> Tensor:
+    """Pick one token of each row along axis 1, keeping the axis: [B, N, ...] -> [B, 1, ...].
+
+    With ``packing`` the tokens are packed, [P, ...]; ``token`` counts in the padded batch, and so are rows ordered.
+    """
+    if packing is not None:
+        return x_BN.index_select(0, packing.places(token)).unsqueeze(1)
     if isinstance(token, Tensor):
         return x_BN[torch.arange(x_BN.shape[0], device=x_BN.device), token].unsqueeze(1)
     return x_BN.narrow(1, token, 1)
-
-
-def _branch(width: int, layer_scale: float | None, dropout: float, drop_path: float) -> nn.Sequential:
-    """What a residual branch passes through before it is added: nothing, in most models."""
-    parts = nn.Sequential()
-    if layer_scale is not None:
-        parts.add_module("scale", LayerScale(width, layer_scale))
-    if dropout:
-        parts.add_module("dropout", nn.Dropout(dropout))
-    if drop_path:
-        parts.add_module("drop_path", DropPath(drop_path))
-    return parts

@@ -1,16 +1,21 @@
 """The text tower: a transformer over token ids, causal as in CLIP or bidirectional as in SigLIP.
 
-Shapes: B batch, T tokens, D width, E embedding width.
+Captions are far shorter than the context, so tokens that no feature depends on are left out before the blocks wherever
+that changes no feature: see `TextTransformer._skips_padding`.
+
+Shapes: B batch, T tokens, P packed tokens, D width, E embedding width.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmbase.errors import MmbaseError
 from mmbase.models.config import TextConfig
 from mmbase.models.layers import Embedding, LayerNorm, Linear, Transformer, normal_parameter
+from mmbase.models.packing import Packing
 
 __all__ = ["TextConfig", "TextTransformer"]
 
@@ -55,34 +60,73 @@ class TextTransformer(nn.Module):
         length, limit = text_BT.shape[1], self.config.context_length
         if length > limit:
             raise MmbaseError(f"texts have {length} tokens but the model's context_length is {limit}; cut them to that")
-        x_BTD = self.token_embedding(text_BT) + self.positional_embedding[:length]
-        keep_BT = None
-        if self.config.mask_padding:
-            keep_BT = text_BT != self.config.pad_id
-            keep_BT[:, 0] = True  # a row of nothing but padding attends to its first token rather than to nothing
-        token = self._pooled_token(text_BT)
-        x_BTD = self.transformer(self.dropout(x_BTD), causal=self.config.causal, keep_BN=keep_BT, token=token)
-        x_BTD = self.norm(x_BTD)
+        token, keep_BT = self._pooled_token(text_BT), self._keep(text_BT)
+        if self._skips_padding and _packable(text_BT):
+            needed_BT = self._needed(text_BT, token, keep_BT)
+            if not needed_BT.all():
+                return self.proj(self._pool_packed(text_BT, token, Packing.of(needed_BT)))
+        x_BTD = self.dropout(self.token_embedding(text_BT) + self.positional_embedding[:length])
+        x_BTD = self.norm(self.transformer(x_BTD, causal=self.config.causal, keep_BN=keep_BT, token=token))
         if token is not None:
             return self.proj(x_BTD[:, 0])
         weight_BT1 = (text_BT != self.config.pad_id).to(x_BTD.dtype)[:, :, None]
         return self.proj((x_BTD * weight_BT1).sum(1) / weight_BT1.sum(1).clamp(min=1))
 
+    def _pool_packed(self, text_BT: Tensor, token: Tensor | int | None, packing: Packing) -> Tensor:
+        """The pooled features_BD, computed from the packed tokens alone."""
+        text_P = text_BT[packing.row_P, packing.position_P]
+        x_PD = self.token_embedding(text_P) + F.embedding(packing.position_P, self.positional_embedding)
+        x_PD = self.transformer(self.dropout(x_PD), causal=self.config.causal, token=token, packing=packing)
+        x_PD = self.norm(x_PD)
+        if token is not None:
+            return x_PD[:, 0]
+        weight_P1 = (text_P != self.config.pad_id).to(x_PD.dtype)[:, None]
+        return (packing.sums(x_PD * weight_P1) / packing.sums(weight_P1).clamp(min=1)).to(x_PD.dtype)
+
     def trim(self, text_BT: Tensor) -> Tensor:
         """Drop the trailing columns that no feature depends on; features stay the same.
 
-        Only a causal tower that pools at an end token, or one that masks padding, has such columns. Looks at the ids,
-        so call it where they lie on the CPU, before the model and outside of compiled code.
+        Only a causal tower, or one that masks padding, has such columns. Looks at the ids, so call it where they lie on
+        the CPU, before the model and outside of compiled code.
         """
-        config = self.config
-        if config.causal and config.pool in ("eot", "eos"):
-            longest = int(_end_token(text_BT, config).max()) + 1
-        elif config.mask_padding and config.pool in ("eot", "eos", "first", "mean"):
-            used_T = (text_BT != config.pad_id).any(0).nonzero()
-            longest = int(used_T.max()) + 1 if len(used_T) else 1
+        if not self._skips_padding:
+            return text_BT
+        needed_BT = self._needed(text_BT, self._pooled_token(text_BT), self._keep(text_BT))
+        return text_BT[:, : int(needed_BT.any(0).nonzero().max()) + 1]
+
+    @property
+    def _skips_padding(self) -> bool:
+        """Whether features stay the same when tokens are left out: when no token that is pooled attends to them.
+
+        That is so where later tokens are out of sight (causal) or padding is (mask_padding), but not where a tower sees
+        padding as it sees words, as SigLIP's does. Nor with pool=last: that token stands behind the padding, or is
+        padding itself, and sees what precedes it.
+        """
+        return (self.config.causal or self.config.mask_padding) and self.config.pool != "last"
+
+    def _needed(self, text_BT: Tensor, token: Tensor | int | None, keep_BT: Tensor | None) -> Tensor:
+        """True for the tokens that features depend on; the first of each row is always one of them."""
+        if not self.config.causal:
+            assert keep_BT is not None  # _skips_padding
+            return keep_BT
+        column_T = torch.arange(text_BT.shape[1], device=text_BT.device)
+        if token is None:  # mean: up to the last token that is not padding
+            last_B1 = ((text_BT != self.config.pad_id) * column_T).amax(1, keepdim=True)
         else:
-            longest = text_BT.shape[1]
-        return text_BT[:, :longest]
+            last_B1 = token[:, None] if isinstance(token, Tensor) else torch.full_like(text_BT[:, :1], token)
+        needed_BT = column_T <= last_B1
+        return needed_BT if keep_BT is None else needed_BT & keep_BT
+
+    def _keep(self, text_BT: Tensor) -> Tensor | None:
+        """True for tokens that may be attended to; None where all may."""
+        config = self.config
+        if not config.mask_padding:
+            return None
+        keep_BT = text_BT != config.pad_id
+        keep_BT[:, 0] = True  # a row of nothing but padding attends to its first token rather than to nothing
+        if config.pool in ("eot", "eos"):  # the end token is no padding, even where both have one id
+            keep_BT = keep_BT.scatter(1, _end_token(text_BT, config)[:, None], True)
+        return keep_BT
 
     def _pooled_token(self, text_BT: Tensor) -> Tensor | int | None:
         """Position of the one token that is pooled, or None where all are."""
@@ -95,6 +139,16 @@ class TextTransformer(nn.Module):
                 return 0
             case _:
                 return None
+
+
+def _packable(text_BT: Tensor) -> bool:
+    """Whether tokens can be left out here: it makes sizes depend on ids, so they have to be at hand, on the CPU.
+
+    Elsewhere the padded path runs, to the same features: under torch.compile, torch.export and tracing, for which sizes
+    must not depend on data; with meta and fake tensors, which have no data; and on a GPU, which would be waited for.
+    """
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not traced and type(text_BT) is Tensor and text_BT.device.type == "cpu"
 
 
 def _end_token(text_BT: Tensor, config: TextConfig) -> Tensor:
