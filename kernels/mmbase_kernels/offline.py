@@ -29,7 +29,13 @@ from typing import Any
 from mmbase_kernels.shipping import DIVISIBLE, DTYPES, Shipped
 from mmbase_kernels.tuning import ARCHITECTURES
 
-MODULES = ("softmax_statistics_tiles", "softmax_gradient_tiles", "sigmoid_tiles")
+MODULES = (
+    "softmax_statistics_tiles",
+    "softmax_gradient_tiles",
+    "sigmoid_tiles",
+    "attention_tiles",
+    "attention_backward_tiles",
+)
 """Modules of this package with a function ``shipped(architecture)``."""
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 """Bytes one program may use (CUDA programming guide, table of technical specifications; AMD CDNA 3 ISA guide)."""
