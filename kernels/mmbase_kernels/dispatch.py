@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
-import importlib.util
 import os
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from mmbase_kernels.tuning import triton_version
+
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TRITON = triton_version()
 SM_100_TRITON = (3, 9)
 """The first Triton that compiles every kernel for sm_100."""
 STASH_BYTES = 256 << 20
@@ -36,34 +36,21 @@ def choose(impl: str, features: Tensor, compute_dtype: torch.dtype | None = None
     return impl
 
 
-@torch.compiler.assume_constant_result
 def hindrance(device: torch.device) -> str:
-    """Why the Triton kernels cannot run on a device; empty if they can."""
-    return _hindrance(device)
-
-
-@functools.cache
-def _hindrance(device: torch.device) -> str:
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
+    """Why the Triton kernels cannot run on a device; empty if they can. Compiled graphs can ask too."""
+    if not TRITON:
         return "triton is not installed"
     if device.type != "cuda":
-        return "" if interpreted() else f"it needs a CUDA device, and the features are on {device}"
+        return "" if interpreted() else f"it needs a CUDA device, and the tensors are on {device}"
+    properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        name = torch.cuda.get_device_properties(device).gcnArchName
+        name = properties.gcnArchName
         return "" if name.startswith("gfx942") else f"of AMD's devices it knows gfx942, not {name}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return f"it needs compute capability 8.0, and {device} has {capability[0]}.{capability[1]}"
-    if capability[0] == 10 and tuple(int(part) for part in version.split(".")[:2]) < SM_100_TRITON:
-        return f"triton {version} does not compile all kernels for sm_100; install triton 3.9 or newer"
+    if properties.major < 8:
+        return f"it needs compute capability 8.0, and {device} has {properties.major}.{properties.minor}"
+    if properties.major == 10 and SM_100_TRITON > TRITON:
+        return "before triton 3.9 not all kernels compile for sm_100; install a newer one"
     return ""
-
-
-def has_triton() -> bool:
-    """Whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def interpreted() -> bool:

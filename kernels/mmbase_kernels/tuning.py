@@ -20,9 +20,12 @@ WIDE = 1024
 """From this width on a tile's products take so long that its epilogue matters less than the bytes they read."""
 
 
-def triton_version() -> tuple[int, int]:
-    """Major and minor version of the Triton installed; registers differ between them."""
-    major, minor, *_ = importlib.metadata.version("triton").split(".")
+def triton_version() -> tuple[int, ...]:
+    """Major and minor version of the Triton installed; empty if there is none. Registers differ between them."""
+    try:
+        major, minor, *_ = importlib.metadata.version("triton").split(".")
+    except importlib.metadata.PackageNotFoundError:
+        return ()
     return int(major), int(minor)
 
 

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmbase.models.config import Activation
-from mmbase.models.packing import Packing, attend_by_length
+from mmbase.models.packing import Packing
+from mmbase_kernels import attention as kernels_attention
+from mmbase_kernels.attention_sdpa import attend, packed_attention
 
 
 def attention(
@@ -35,50 +37,16 @@ def attention(
     Returns:
         out_BNHD, or out_PHD, in the dtype of the input.
     """
-    if cu_seqlens is not None:
-        if not max_seqlen or qkv_BN3HD.shape[0] < max_seqlen * (cu_seqlens.shape[0] - 1):
-            return attend_by_length(qkv_BN3HD, causal=causal, cu_seqlens=cu_seqlens)
-        return attention(qkv_BN3HD.unflatten(0, (-1, max_seqlen)), causal=causal).flatten(0, 1)  # none is shorter
-    q_BHND, k_BHND, v_BHND = qkv_BN3HD.permute(2, 0, 3, 1, 4).unbind(0)
-    return _attend(q_BHND, k_BHND, v_BHND, causal=causal, keep_BN=keep_BN).transpose(1, 2)
+    if keep_BN is not None:
+        return packed_attention(qkv_BN3HD, causal=causal, keep_BN=keep_BN)
+    return kernels_attention(qkv_BN3HD, causal=causal, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
 
 
 def cross_attention(q_BMHD: Tensor, k_BNHD: Tensor, v_BNHD: Tensor, *, keep_BN: Tensor | None = None) -> Tensor:
     """Attention of few queries over many tokens (pooling); returns out_BMHD. ``keep_BN`` as in `attention`."""
     q_BHMD, k_BHND, v_BHND = (x.transpose(1, 2) for x in (q_BMHD, k_BNHD, v_BNHD))
-    return _attend(q_BHMD, k_BHND, v_BHND, causal=False, keep_BN=keep_BN).transpose(1, 2)
-
-
-def _attend(q_BHMD: Tensor, k_BHND: Tensor, v_BHND: Tensor, *, causal: bool, keep_BN: Tensor | None) -> Tensor:
     mask = None if keep_BN is None else keep_BN[:, None, None, :]
-    half_on_cpu = q_BHMD.device.type == "cpu" and q_BHMD.dtype != torch.float32 and k_BHND.shape[2] <= 1024
-    if half_on_cpu and torch.is_grad_enabled() and q_BHMD.requires_grad:
-        # backward of torch's fused CPU kernel takes three to six times as long as these products
-        return _attend_unfused(q_BHMD, k_BHND, v_BHND, _combine(mask, causal, q_BHMD))
-    if mask is not None and causal:
-        mask, causal = _combine(mask, causal, q_BHMD), False
-    return F.scaled_dot_product_attention(q_BHMD, k_BHND, v_BHND, attn_mask=mask, is_causal=causal)
-
-
-def _attend_unfused(q_BHMD: Tensor, k_BHND: Tensor, v_BHND: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention as two batched products and a softmax; scores are kept in the dtype of the input."""
-    batch, heads, queries, width = q_BHMD.shape
-    q, k, v = q_BHMD.flatten(0, 1), k_BHND.flatten(0, 1), v_BHND.flatten(0, 1)
-    bias = q.new_zeros(1)
-    if mask is not None:
-        bias = q.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
-        bias = bias.expand(batch, heads, -1, -1).flatten(0, 1) if bias.shape[0] > 1 else bias[0]
-    scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=width**-0.5)
-    return torch.bmm(scores.softmax(dim=-1), v).view(batch, heads, queries, -1)
-
-
-def _combine(mask: Tensor | None, causal: bool, q_BHMD: Tensor) -> Tensor | None:
-    """Boolean mask, True where attention is allowed, of a key mask and causality."""
-    if not causal:
-        return mask
-    n = q_BHMD.shape[2]
-    causal_11MN = torch.ones(1, 1, n, n, dtype=torch.bool, device=q_BHMD.device).tril()
-    return causal_11MN if mask is None else mask & causal_11MN
+    return attend(q_BHMD, k_BHND, v_BHND, mask=mask).transpose(1, 2)
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:

@@ -61,32 +61,3 @@ class Packing:
         """The sum of each sequence's tokens, sequences in the order of the padded batch: [B, D], float32 or wider."""
         x_PD = x_PD.to(torch.promote_types(x_PD.dtype, torch.float32))
         return x_PD.new_zeros(self.rows, x_PD.shape[1]).index_add(0, self.row_P, x_PD)
-
-
-def attend_by_length(qkv_P3HD: Tensor, *, causal: bool, cu_seqlens: Tensor) -> Tensor:
-    """Attention of packed sequences, those of one length that are neighbours as one dense batch; returns out_PHD.
-
-    Short sequences are computed in float32 in any case: on a CPU that is faster than 16-bit products, which have to be
-    set up anew for every new pair of length and count.
-    """
-    counts = _runs(cu_seqlens.diff().tolist())
-    if not counts:
-        return qkv_P3HD[:, 0]
-    outs = []
-    with torch.autocast(qkv_P3HD.device.type, enabled=False):
-        wide_P3HD = qkv_P3HD.to(torch.promote_types(qkv_P3HD.dtype, torch.float32))
-        parts = wide_P3HD.split([count * length for length, count in counts])
-        for part, (_, count) in zip(parts, counts, strict=True):
-            q_BHND, k_BHND, v_BHND = part.unflatten(0, (count, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-            out_BHND = F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, is_causal=causal)
-            outs.append(out_BHND.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outs).to(qkv_P3HD.dtype)
-
-
-def _runs(lengths: list[int]) -> list[tuple[int, int]]:
-    """Neighbours of equal length as (length, count); empty sequences have no tokens and are passed over."""
-    runs: list[tuple[int, int]] = []
-    for length in filter(None, lengths):
-        count = runs.pop()[1] if runs and runs[-1][0] == length else 0
-        runs.append((length, count + 1))
-    return runs

@@ -11,7 +11,10 @@ import pytest
 pytest.importorskip("triton", reason="Triton exists for Linux only")
 from mmbase_kernels import offline
 
-KERNELS = {"statistics", "gradient", "merge", "match", "sigmoid"}
+KERNELS = {
+    "statistics", "gradient", "merge", "match", "sigmoid", "attention_forward", "attention_forward_loop",
+    "attention_backward_tile", "attention_backward_queries", "attention_grad_queries", "attention_grad_keys",
+}  # fmt: skip
 
 
 def run(*arguments):
