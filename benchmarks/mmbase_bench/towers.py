@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from mmbase.models.clip import CLIP
 from mmbase.models.config import TextConfig
+from mmbase_bench.harness import synchronise
 from mmbase_bench.options import Parser, check_at_least, check_names, device_of, run
 from mmbase_bench.report import align, record_environment, write_rows
-from mmbase_bench.train_step import build_pair, synchronise
+from mmbase_bench.train_step import build_pair
 
 TOWERS = ("image", "text")
 PRECISIONS = ("fp32", "bf16")

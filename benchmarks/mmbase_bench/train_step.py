@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mmbase.files import write_atomically
 from mmbase.training.run import environment
+from mmbase_bench.harness import synchronise
 
 
 @dataclass(frozen=True)
@@ -118,12 +119,6 @@ def step_of(model: nn.Module, loss: nn.Module) -> Callable[[Tensor, Tensor, str]
         return taken
 
     return step
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for the device to finish what was asked of it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def main() -> None:

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmbase_kernels.chunks import spans
+
 WORKSPACE_BYTES = 64 << 20
 """Upper bound of one float32 tile on devices other than a CPU; two or three exist at a time."""
 CPU_SIDE = 1536
@@ -27,10 +29,10 @@ def tile_side(device: torch.device) -> int:
     return CPU_SIDE if device.type == "cpu" else math.isqrt(WORKSPACE_BYTES // 4)
 
 
-def spans(total: int, side: int) -> list[slice]:
+def even_spans(total: int, side: int) -> list[slice]:
     """Slices that cover ``total`` in order, each at most ``side`` long and all but the last equal."""
     step = min(side, 64 * math.ceil(total / math.ceil(total / side) / 64))
-    return [slice(start, min(start + step, total)) for start in range(0, total, step)]
+    return list(spans(total, step))
 
 
 def widened(features: Tensor) -> Tensor:
@@ -84,7 +86,7 @@ class Bands:
         side = tile_side(image_MD.device)
         self.largest = min(side, len(image_MD)) * min(side, len(text_ND))
         self._buffer = image_MD.new_empty(self.largest, dtype=torch.float32)
-        self.rows, self.columns = spans(len(image_MD), side), spans(len(text_ND), side)
+        self.rows, self.columns = even_spans(len(image_MD), side), even_spans(len(text_ND), side)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         """Each band's rows and its widened image features."""

@@ -26,6 +26,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from mmbase_kernels.dispatch import interpreted
 from mmbase_kernels.shipping import DIVISIBLE, DTYPES, Shipped
 from mmbase_kernels.tuning import ARCHITECTURES
 
@@ -208,7 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="also write the table here")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="parallel processes")
     options = parser.parse_args(arguments)
-    if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes"):
+    if interpreted():
         parser.error("TRITON_INTERPRET is set, under which nothing is compiled: unset it")
     known = {one.kernel for one in shipped(options.targets)}
     if unknown := set(options.kernels) - known:

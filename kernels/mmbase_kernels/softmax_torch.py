@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmbase_kernels.bands import Bands, Tile, add_product
 from mmbase_kernels.softmax import Gradients, Statistics
-from mmbase_kernels.targets import Targets
+from mmbase_kernels.targets import Targets, gradient_unit
 
 SPREAD = 80.0
 """exp(-80) and exp(80) are far inside float32: within such a spread one exponential serves rows and columns."""
@@ -87,7 +87,7 @@ def gradients(
     grad_scale = grad_image_MD.new_zeros(())
     bands = Bands(image_MD, text_ND, scale)
     softmax = _Softmax(row_lse_M, column_lse_N, targets, bands.largest)
-    norm = None if bands.text_ND.dtype == torch.float32 else _norm(targets, bands.text_ND.dtype)
+    norm = None if bands.text_ND.dtype == torch.float32 else gradient_unit(targets, bands.text_ND.dtype)
     for rows, band_RD in bands:
         for tile in bands.tiles(rows, band_RD, stash if len(stash) else None):
             softmax.probabilities(tile)
@@ -201,10 +201,3 @@ def _positive(targets: Targets, tile: Tile) -> Tensor:
 def _shares(targets: Targets, tile: Tile) -> Tensor:
     """``[R, C]`` with ids: weight of each match in its row and its column, 0 elsewhere."""
     return (targets.row_share_M[tile.rows, None] + targets.column_share_N[tile.columns]) * _matches(targets, tile)
-
-
-def _norm(targets: Targets, dtype: torch.dtype) -> Tensor:
-    """What the gradient to the logits is divided by before it is rounded to 16 bits, so that it fits them."""
-    largest = targets.row_weight_M.abs().max() + targets.column_weight_N.abs().max()  # over ranks of any sign
-    largest = largest.clamp(min=1e-30)  # no match at all
-    return largest / 16384 if dtype == torch.float16 else largest

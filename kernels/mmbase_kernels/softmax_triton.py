@@ -22,7 +22,7 @@ from mmbase_kernels.softmax import Gradients, Statistics
 from mmbase_kernels.softmax_gradient_tiles import gradient_kernel
 from mmbase_kernels.softmax_statistics_tiles import MATCH, MERGE, match_kernel, merge_kernel, statistics_kernel
 from mmbase_kernels.stash import open_stash, stash_parts
-from mmbase_kernels.targets import Targets
+from mmbase_kernels.targets import Targets, gradient_unit
 from mmbase_kernels.tiles import source
 from mmbase_kernels.tuning import architecture, table_name, tile
 
@@ -133,7 +133,7 @@ def gradients(
     ids = targets.image_ids_M is not None
     setting = prepare(table_name("gradient", ids=ids, stash=len(stash) > 0), image_MD, text_ND)
     rows_count, columns_count = len(image_MD), len(text_ND)
-    unit = _unit(targets, image_MD.dtype)
+    unit = gradient_unit(targets, image_MD.dtype)
     slope, nats = powers_of_two(scale)
     targets = _with_ranks(targets)
     row_lse, column_lse = ((lse.double() / nats).float() for lse in (row_lse_M, column_lse_N))
@@ -218,13 +218,6 @@ def _match_cosines(setting: Setting, offset: int) -> Tensor:
 def _with_ranks(targets: Targets) -> Targets:
     image_ids, text_ids = ranked(targets.image_ids_M, targets.text_ids_N)
     return dataclasses.replace(targets, image_ids_M=image_ids, text_ids_N=text_ids)
-
-
-def _unit(targets: Targets, dtype: torch.dtype) -> Tensor:
-    """What G is divided by before it is rounded: it is then at most about 1, or 2^14 in float16 of less range."""
-    largest = targets.row_weight_M.abs().max() + targets.column_weight_N.abs().max()
-    largest = torch.where(largest > 0, largest, 1.0)
-    return largest / 16384 if dtype == torch.float16 else largest
 
 
 def _weights(

@@ -95,6 +95,16 @@ def mean_weights(matches: Tensor) -> Tensor:
     return has_match * (0.5 / has_match.sum().clamp(min=1))
 
 
+def gradient_unit(targets: Targets, dtype: torch.dtype) -> Tensor:
+    """What the gradient to the logits is divided by before it is rounded to 16 bits.
+
+    It is then at most about 1, or 2^14 in float16, which has less range. Weights over ranks may have either sign.
+    """
+    largest = targets.row_weight_M.abs().max() + targets.column_weight_N.abs().max()
+    largest = torch.where(largest > 0, largest, 1.0)  # no match at all
+    return largest / 16384 if dtype == torch.float16 else largest
+
+
 def smoothing_term(image_MD: Tensor, text_ND: Tensor, scale: Tensor, targets: Targets) -> Tensor:
     """What label smoothing takes from the loss, ``sum_ij (row_smooth_i + column_smooth_j) z_ij``, in O((M + N)·D)."""
     if targets.row_smooth_M is None or targets.column_smooth_N is None:
