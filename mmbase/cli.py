@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mmbase import cli_data
 from mmbase.errors import MmbaseError, nearest
 
 app = typer.Typer(
@@ -23,6 +24,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(cli_data.app)
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="A run's folder, an OpenCLIP name, hf-hub:org/name, a folder or a file.")
@@ -264,7 +267,7 @@ def main() -> None:
     except MmbaseError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
-        _fail("interrupted; the same command resumes a training run", 130)
+        _fail("interrupted; the same command resumes a training run or a packing", 130)
     except BrokenPipeError:
         os._exit(1)
     except OSError as error:

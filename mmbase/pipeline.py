@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,10 @@ from mmbase.errors import MmbaseError, nearest
 from mmbase.evaluation.card import write_model_card
 from mmbase.evaluation.config import TaskConfig
 from mmbase.evaluation.report import write_report
-from mmbase.evaluation.suite import EvaluationTask
+from mmbase.evaluation.suite import EvaluationTask, describe_model
 from mmbase.evaluation.suite import evaluate as run_suite
 from mmbase.model import load
+from mmbase.provenance import is_counted, record_provenance
 from mmbase.training.run import train_run
 
 
@@ -44,6 +44,9 @@ def train(config: str | Path | RunConfig, *overrides: str, console: Console | No
     folder = train_run(config, console)
     if config.evaluation.tasks:
         evaluate(folder, device=config.device, console=console)
+    else:
+        results = describe_model(load(folder, device="cpu"))
+        _write_card(folder, results, config, record_provenance(folder, config.data))
     return folder
 
 
@@ -87,21 +90,45 @@ def evaluate(
         raise MmbaseError(f"{str(recipe or model)!r} has no evaluation.tasks; add some to its recipe")
     loaded = load(model, pretrained, device=device)
     with console.status("evaluating"):
-        training = list(read_samples(expand_shards(config.data.shards), config.data.caption_field))
+        training = _training_samples(config)
         tasks = [build_task(task, config.data, training) for task in config.evaluation.tasks]
         results = run_suite(loaded, tasks, folder, batch_size=config.evaluation.batch_size)
-        sources = provenance(config.data, training) if resolved.is_file() else []
+        sources = _sources(Path(model), config if recipe is None else None, training, folder)
         write_report(folder, results, tasks, sources=sources)
-        write_model_card(
-            folder,
-            results,
-            sources=sources,
-            licence=config.evaluation.licence,
-            datasets=[source.name for source in config.data.sources] if resolved.is_file() else [],
-            location=f"runs/{folder.name}" if folder.is_absolute() else str(folder),
-        )
+        _write_card(folder, results, config, sources)
     _print_results(results, folder, console)
     return results
+
+
+def _training_samples(config: RunConfig) -> list[Sample]:
+    """The training samples without their pictures, where a task's split or the count by source asks for them."""
+    if not is_counted(config.data) and all(task.split == "all" for task in config.evaluation.tasks):
+        return []
+    samples = read_samples(expand_shards(config.data.shard_specs()), config.data.caption_field)
+    return [sample._replace(image=b"") for sample in samples]
+
+
+def _sources(run: Path, config: RunConfig | None, training: Sequence[Sample], output: Path) -> list[dict[str, Any]]:
+    """What a run was trained on, whatever recipe it is asked by (then ``config`` is None); of other models nothing."""
+    resolved = run / "config.yaml"
+    if not resolved.is_file():
+        return []
+    if config is None:
+        own = validate(parse_yaml(resolved.read_text(encoding="utf-8"), str(resolved)))
+        return record_provenance(run, own.data, keep=output == run)
+    # a run that is evaluated elsewhere may not be ours to write into
+    return record_provenance(run, config.data, training, keep=output == run)
+
+
+def _write_card(folder: Path, results: Mapping[str, Any], config: RunConfig, sources: Sequence[dict[str, Any]]) -> None:
+    write_model_card(
+        folder,
+        results,
+        sources=sources,
+        licence=config.evaluation.licence,
+        datasets=list(dict.fromkeys(str(source["name"]) for source in sources)),
+        location=f"runs/{folder.name}" if folder.is_absolute() else str(folder),
+    )
 
 
 def build_task(task: TaskConfig, data: DataConfig, training: Sequence[Sample]) -> EvaluationTask:
@@ -152,18 +179,6 @@ def _wordings(templates: Sequence[str], fields: Mapping[str, Any]) -> list[str]:
         raise MmbaseError(
             f"evaluation wordings name the field {error.args[0]!r}{nearest(error.args[0], words)} which a sample lacks"
         ) from error
-
-
-def provenance(data: DataConfig, training: Sequence[Sample]) -> list[dict[str, Any]]:
-    """One row per declared source, with the number of pictures where ``data.source_field`` tells."""
-    counts = Counter(str(s.fields.get(data.source_field)) for s in training) if data.source_field else Counter()
-    rows = []
-    for source in data.sources:
-        row: dict[str, Any] = source.model_dump()
-        if data.source_field:
-            row["pictures"] = counts[source.name]
-        rows.append(row)
-    return rows
 
 
 def _print_results(results: dict[str, Any], folder: Path, console: Console) -> None:

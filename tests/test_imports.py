@@ -16,7 +16,14 @@ ALLOWED = {
     "mmbase.data": {"mmbase.data"},
     "mmbase.models": {"mmbase.models", "mmbase_kernels"},
     "mmbase.losses": {"mmbase.losses", "mmbase_kernels"},
-    "mmbase.training": {"mmbase.training", "mmbase.models", "mmbase.losses", "mmbase.data", "mmbase.config"},
+    "mmbase.training": {
+        "mmbase.training",
+        "mmbase.models",
+        "mmbase.losses",
+        "mmbase.data",
+        "mmbase.config",
+        "mmbase_kernels.banner",
+    },
     "mmbase.evaluation": {"mmbase.evaluation", "mmbase.models", "mmbase.losses", "mmbase.data"},
 }
 LAZY = {"torchvision", "timm", "transformers", "open_clip", "matplotlib", "webdataset"}

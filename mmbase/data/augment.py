@@ -19,8 +19,18 @@ _WILD_HUE, _GREY = 0.15, 0.08
 _LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
+_COLUMNS = 64
+"""Random numbers at hand for a sample; all strengths together draw fewer."""
+
+_NOISE = 1 << 20
+"""Normal numbers that pixel noise is cut from."""
+
+_STEP, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
+"""The constants of SplitMix64 as signed numbers."""
+
+
 class Augment:
-    """Random variations of a batch; what they are depends on the generator alone.
+    """Random variations of pictures; what a picture becomes depends on its own key alone, not on its batch.
 
     Args:
         config: strengths and probabilities.
@@ -34,20 +44,23 @@ class Augment:
     ) -> None:
         self.config, self.size = config, size
         self.mean, self.std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+        self._noise: dict[torch.device, Tensor] = {}
 
     def at(self, progress: float, size: tuple[int, int]) -> Augment:
         """The augmentation at ``progress`` (0 to 1) of the training, for pictures of ``size``."""
-        return Augment(self.config.at(progress), size, self.mean.flatten().tolist(), self.std.flatten().tolist())
+        there = Augment(self.config.at(progress), size, self.mean.flatten().tolist(), self.std.flatten().tolist())
+        there._noise = self._noise
+        return there
 
-    def __call__(self, image_BCSS: Tensor, may_flip_B: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(self, image_BCSS: Tensor, may_flip_B: Tensor, draw_B: Tensor) -> Tensor:
         """Normalised float32 ``[B, 3, T, T]`` in channels-last memory.
 
         Args:
             image_BCSS: uint8 pictures with or without alpha.
             may_flip_B: bool, whose mirror image means the same.
-            generator: on the pictures' device.
+            draw_B: int64, a key per picture: that of (seed, epoch, sample) in training.
         """
-        draw = _Draw(len(image_BCSS), generator, image_BCSS.device)
+        draw = _Draw(draw_B.to(image_BCSS.device))
         rgba = self._geometry(_premultiplied(image_BCSS), may_flip_B, draw)
         colour, alpha = self._colour(rgba[:, :3], rgba[:, 3:], draw), rgba[:, 3:]
         background = self._background(draw)
@@ -131,9 +144,18 @@ class Augment:
             covered = draw.chance(c.cutout)[:, None, None] & self._square(draw)
             picture = torch.where(covered[:, None], background, picture)
         if c.noise:
-            noise = torch.randn(picture.shape, generator=draw.generator, device=picture.device)
-            picture = picture + noise * draw.uniform(0, c.noise).view(-1, 1, 1, 1)
+            picture = picture + self._white_noise(picture, draw) * draw.uniform(0, c.noise).view(-1, 1, 1, 1)
         return picture
+
+    def _white_noise(self, picture: Tensor, draw: _Draw) -> Tensor:
+        """Normal numbers like ``picture``: each sample's is a stretch, from a place drawn, of one fixed table."""
+        count = picture[0].numel()
+        table = self._noise.get(picture.device)
+        if table is None or len(table) < _NOISE + count:
+            made = torch.randn(_NOISE + count, generator=torch.Generator().manual_seed(0))
+            table = self._noise[picture.device] = made.to(picture.device)
+        stretches = table.as_strided((_NOISE, count), (1, 1))
+        return stretches[(draw.uniform(0, 1) * _NOISE).long()].view(picture.shape)
 
     def _square(self, draw: _Draw) -> Tensor:
         """Bool ``[B, T, T]``: a square of 0.16 to 0.4 of the side around a random place."""
@@ -144,21 +166,38 @@ class Augment:
 
 
 class _Draw:
-    """Random numbers for a batch, one row per sample, in a fixed order."""
+    """Random numbers for a batch, one row per sample, in a fixed order.
 
-    def __init__(self, batch: int, generator: torch.Generator, device: torch.device) -> None:
-        self.batch, self.generator, self.device = batch, generator, device
+    They are hashes of the sample's key and a counter, worked out for the whole batch at once. SplitMix64 (Steele et
+    al., 2014) in signed arithmetic: products wrap, and a shift to the right is masked to what an unsigned one gives.
+    """
 
-    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(self.batch, *shape, generator=self.generator, device=self.device)
+    def __init__(self, key_B: Tensor) -> None:
+        counter = torch.arange(1, _COLUMNS + 1, device=key_B.device) * _STEP
+        z = key_B[:, None] + counter
+        z = (z ^ (z >> 30 & (1 << 34) - 1)) * _FIRST
+        z = (z ^ (z >> 27 & (1 << 37) - 1)) * _SECOND
+        z = z ^ (z >> 31 & (1 << 33) - 1)
+        self.table = ((z >> 40) & (1 << 24) - 1).float() * 2.0**-24
+        self.used = 0
+
+    def uniform(self, low: float, high: float, count: int | None = None) -> Tensor:
+        """``[B]``, or ``[B, count]``, at least ``low`` and below ``high``."""
+        first, self.used = self.used, self.used + (count or 1)
+        column = self.table[:, first] if count is None else self.table[:, first : self.used]
+        return low + (high - low) * column
 
     def normal(self) -> Tensor:
-        return torch.randn(self.batch, generator=self.generator, device=self.device)
+        """``[B]``, by Box and Muller."""
+        radius = (-2 * (1 - self.uniform(0, 1)).log()).sqrt()
+        return radius * (2 * math.pi * self.uniform(0, 1)).cos()
 
     def chance(self, probability: float) -> Tensor:
+        """Bool ``[B]``."""
         return self.uniform(0, 1) < probability
 
     def rows(self, probability: float) -> Tensor:
+        """Indices of the samples drawn."""
         return self.chance(probability).nonzero().flatten()
 
 

@@ -10,6 +10,7 @@ import gzip
 import importlib.util
 import itertools
 import re
+from array import array
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from mmbase.errors import MmbaseError
 
 _CLIP_MERGES = 49152 - 256 - 2
 _CLIP_SPECIAL = {"<start_of_text>": 49406, "<end_of_text>": 49407}
-_ID = np.dtype("<u4")  # rows are assembled as bytes of this type: joining bytes beats joining lists
+_TYPE = "I"  # unsigned int: rows are assembled as bytes of this type, since joining bytes beats joining lists
+_ID = np.dtype(_TYPE)
 
 # The words of CLIP's pre-tokenizer: letters, single digits, English contractions, runs of the rest. None
 # contains whitespace, so a text may be split at spaces first and each chunk looked up in a cache.
@@ -83,26 +85,34 @@ class _ClipChunks(dict[str, bytes]):
     def _bpe(self) -> Any:
         import tokenizers
 
-        model = tokenizers.models.BPE(vocab=self.vocabulary, merges=self.merges, end_of_word_suffix="</w>")
-        return tokenizers.Tokenizer(model)
+        # The model alone, without the pipeline around it: a word costs half, and no thread pool is ever started, which
+        # would not survive the fork of a worker.
+        return tokenizers.models.BPE(vocab=self.vocabulary, merges=self.merges, end_of_word_suffix="</w>")
 
     def __missing__(self, chunk: str) -> bytes:
-        plain = chunk.isascii() and chunk.isprintable()
-        words: list[str] = (_ASCII_WORD if plain else _unicode_word()).findall(chunk)
-        symbols = [word.encode().decode("latin-1").translate(self._symbols) for word in words]
-        if _CLIP_SPECIAL.keys().isdisjoint(symbols):
-            ids = self._bpe.encode(symbols, is_pretokenized=True, add_special_tokens=False).ids
+        if chunk.isascii() and chunk.isalpha():  # one word, its bytes their own symbols
+            ids = [token.id for token in self._bpe.tokenize(chunk)]
         else:
-            ids = []
-            for word in symbols:
-                special = _CLIP_SPECIAL.get(word)
-                ids += [special] if special is not None else self._bpe.encode([word], is_pretokenized=True).ids
-        value = np.array(ids, _ID).tobytes()
+            ids = self._ids(chunk)
+        value = array(_TYPE, ids).tobytes()
         if len(chunk) <= self.longest:
             if len(self) >= self.limit:
                 self.clear()
             self[chunk] = value
         return value
+
+    def _ids(self, chunk: str) -> list[int]:
+        plain = chunk.isascii() and chunk.isprintable()
+        words: list[str] = (_ASCII_WORD if plain else _unicode_word()).findall(chunk)
+        ids: list[int] = []
+        for word in words:
+            symbols = word if plain else word.encode().decode("latin-1").translate(self._symbols)
+            special = _CLIP_SPECIAL.get(symbols)
+            if special is not None:
+                ids.append(special)
+            else:
+                ids += [token.id for token in self._bpe.tokenize(symbols)]
+        return ids
 
 
 _clip_chunks = _ClipChunks()

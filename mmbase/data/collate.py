@@ -1,4 +1,4 @@
-"""Samples to one batch, and random numbers that depend on a place alone.
+"""The texts and fields of samples as the arrays of a batch. Torch-free: workers run it.
 
 Letters: B batch, C channels (4 where a picture has transparency), S side of a picture, T tokens.
 """
@@ -6,36 +6,21 @@ Letters: B batch, C channels (4 where a picture has transparency), S side of a p
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from mmbase.data.shards import stable_id
-from mmbase.data.tokenizer import Tokenizer
+from mmbase.data.tokenizer_base import Tokenizer
 
 Batch = dict[str, Any]
-"""``image`` uint8 [B, C, S, S], ``text`` int64 [B, T], ``caption_id`` int64 [B], ``may_flip`` bool [B],
-``key`` list[str]."""
-
-
-def generator(seed: int, *position: int) -> np.random.Generator:
-    """Random numbers that depend on the seed and a place alone, never on what was drawn before."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, *position))))
-
-
-def stack_pictures(arrays: list[np.ndarray], size: int) -> torch.Tensor:
-    """uint8 ``[B, C, S, S]`` of pictures ``[3 or 4, S, S]``; where one has alpha, the others get an opaque one."""
-    channels = max(len(array) for array in arrays)
-    stacked = torch.full((len(arrays), channels, size, size), 255, dtype=torch.uint8)
-    for row, array in zip(stacked, arrays):
-        row[: len(array)] = torch.from_numpy(array)
-    return stacked
+"""``image`` uint8 [B, C, S, S], ``text`` int64 [B, T], ``caption_id`` int64 [B], ``may_flip`` bool [B], ``draw`` int64
+[B] (what everything random about a showing follows from), ``key`` list[str]."""
 
 
 class Collator:
-    """Makes batches of decoded pictures, their texts and their fields.
+    """Makes the text side of batches.
 
     Args:
         tokenizer: text to ids.
@@ -49,15 +34,13 @@ class Collator:
         self.tokenizer, self.identity = tokenizer, identity
         self.patterns = {name: re.compile(text, re.IGNORECASE) for name, text in (keep_orientation or {}).items()}
 
-    def __call__(self, images: torch.Tensor, texts: list[str], fields: list[dict[str, Any]], keys: list[str]) -> Batch:
-        """The batch of uint8 ``[B, C, S, S]`` pictures."""
+    def __call__(self, texts: list[str], fields: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+        """``text``, ``caption_id`` and ``may_flip`` of samples with these texts and fields."""
         names = [str(f.get(self.identity, t)) if self.identity else t for f, t in zip(fields, texts)]
         return {
-            "image": images,
-            "text": torch.from_numpy(self.tokenizer(texts)),
-            "caption_id": torch.tensor([stable_id(name) for name in names]),
-            "may_flip": torch.tensor([self._may_flip(f) for f in fields]),
-            "key": keys,
+            "text": self.tokenizer(texts),
+            "caption_id": np.array([stable_id(name) for name in names], np.int64),
+            "may_flip": np.array([self._may_flip(f) for f in fields], bool),
         }
 
     def _may_flip(self, fields: Mapping[str, Any]) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -81,7 +81,13 @@ class PreprocessConfig(BaseModel):
 # ----------------------------------------------------------------------------------------------- opening
 
 
-def open_image(source: Any, *, exif: bool = False, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(
+    source: Any,
+    *,
+    exif: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    prepare: Callable[[Image.Image], None] | None = None,
+) -> Image.Image:
     """A decoded 8-bit picture from whatever a user has; of an animation, the first frame.
 
     ``source``: a path, the bytes of an image file, an open binary file, a ``PIL.Image``, a numpy array (HW or
@@ -89,13 +95,14 @@ def open_image(source: Any, *, exif: bool = False, max_pixels: int = MAX_PIXELS)
 
     The mode is the file's own (``P``, ``CMYK``, ``LA``, ...), since OpenCLIP resizes before it converts; pixels
     deeper than 8 bits are scaled down to grey ``L`` (Pillow, and so OpenCLIP, would clip them to white).
-    ``exif=True`` turns the picture as its camera noted; OpenCLIP does not.
+    ``exif=True`` turns the picture as its camera noted; OpenCLIP does not. ``prepare`` is called when the size is known
+    and within the limit, and no pixel decoded yet.
 
     Raises:
         MmbaseError: missing, empty, corrupt or truncated file, more than ``max_pixels``, or a wrong array.
     """
     if isinstance(source, Image.Image):
-        return _finish(source, "the picture", exif, max_pixels)
+        return _finish(source, "the picture", exif, max_pixels, prepare)
     if isinstance(source, np.ndarray):
         return _from_array(source, "HWC")
     if type(source).__module__.split(".")[0] == "torch" and hasattr(source, "detach"):
@@ -114,7 +121,7 @@ def open_image(source: Any, *, exif: bool = False, max_pixels: int = MAX_PIXELS)
             f"cannot read a picture from {type(source).__name__}; give a path, bytes, a file, PIL, numpy or torch"
         )
     try:
-        return _finish(Image.open(file), name, exif, max_pixels)
+        return _finish(Image.open(file), name, exif, max_pixels, prepare)
     except MmbaseError:
         raise
     except Image.DecompressionBombError as error:
@@ -145,13 +152,17 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _finish(image: Image.Image, name: str, exif: bool, max_pixels: int) -> Image.Image:
+def _finish(
+    image: Image.Image, name: str, exif: bool, max_pixels: int, prepare: Callable[[Image.Image], None] | None
+) -> Image.Image:
     """``image`` decoded, checked and brought to 8 bits; the size is checked before any pixel is decoded."""
     width, height = image.size
     if width * height > max_pixels:
         raise MmbaseError(f"{name} has {width} x {height} pixels, above the limit of {max_pixels}; make it smaller")
     if not width * height:
         raise MmbaseError(f"{name} has no pixels: {width} x {height}")
+    if prepare:
+        prepare(image)
     try:
         image.load()
     except OSError as error:
@@ -287,37 +298,3 @@ def load_batch(images: Sequence[Any], config: PreprocessConfig, threads: int = 0
         for index in range(len(images)):
             load(index)
     return batch
-
-
-# ----------------------------------------------------------------------------------------------- training
-
-
-def decode_rgba(
-    data: bytes, size: int | tuple[int, int] | None = None, crop: tuple[float, float, float] | None = None
-) -> np.ndarray:
-    """Pixels uint8 [3, H, W], or [4, H, W] where any pixel is transparent, for the training stream.
-
-    ``size``: side of a square, or (H, W), that the picture is resized to, antialiased bicubic; ``None`` keeps the
-    picture's own. ``crop``: (share, x, y), the share of the area of the largest crop of the target's aspect, and
-    its place in the free room, each in 0..1; without it the largest crop, centred. Transparent pixels do not
-    bleed their hidden colour into others. Raises :class:`MmbaseError` as :func:`open_image` does.
-    """
-    image = open_image(data)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        if image.getchannel("A").getextrema() == (255, 255):
-            image = image.convert("RGB")
-    else:
-        image = to_rgb(image)
-    if size is None and crop is None:
-        return _channels_first(image)
-    height, width = (image.height, image.width) if size is None else (size, size) if isinstance(size, int) else size
-    share, x, y = (1.0, 0.5, 0.5) if crop is None else crop
-    if not 0 < share <= 1 or not 0 <= x <= 1 or not 0 <= y <= 1:
-        raise MmbaseError(f"crop must be (share in 0..1, x in 0..1, y in 0..1), not {crop}")
-    scale = min(image.width / width, image.height / height) * share**0.5
-    box_width, box_height = scale * width, scale * height
-    left, top = (image.width - box_width) * x, (image.height - box_height) * y
-    # rounding may leave the picture by a hair, which Pillow refuses
-    box = (max(left, 0), max(top, 0), min(left + box_width, image.width), min(top + box_height, image.height))
-    return _channels_first(image.resize((width, height), Image.Resampling.BICUBIC, box=box))

@@ -1,155 +1,335 @@
-"""Shards to training batches. The whole state of a stream is one integer: the samples consumed."""
+"""The loader: batches in an exact order, prepared here or by workers. Its whole state is the samples consumed.
+
+Global batch k holds the positions ``start + k G`` to ``start + (k + 1) G`` of the order, G being the batch sizes of all
+ranks; rank r takes the r-th part. Workers take pieces of the rank's batch as they come free and write them in place, so
+neither the number of ranks, nor of workers, nor where a run was interrupted can change what is in it.
+
+Letters: B batch of this rank, G batch of all ranks, H height, W width, T tokens.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
 
-from mmbase.data.captions import CaptionSampler
-from mmbase.data.collate import Batch, Collator, generator, stack_pictures
-from mmbase.data.config import DataConfig
-from mmbase.data.image import decode_rgba
-from mmbase.data.pictures import MemoryStream, load_pictures
-from mmbase.data.shards import Sample, declared_sizes, expand_shards, read_samples, stable_id
-from mmbase.data.tokenizer import Tokenizer
+from mmbase.data.arena import Arena, ArenaShape, part
+from mmbase.data.collate import Batch
+from mmbase.data.order import Order
+from mmbase.data.prepare import Fault, Rows, Slab
+from mmbase.data.quarantine import Quarantine
+from mmbase.data.shards import Shards
+from mmbase.data.timing import StageTimes
+from mmbase.data.worker import Piece, Prepares
+from mmbase.data.workers import WorkerPool
 from mmbase.errors import MmbaseError
 
-logger = logging.getLogger(__name__)
+_LENT = 2
+"""Batches that may lie in shared memory while they are used: one in work, and the last one, not yet let go."""
+
+_LARGEST_PIECE, _PIECES_PER_WORKER = 64, 4
 
 
-def open_stream(
-    config: DataConfig, tokenizer: Tokenizer, *, batch_size: int, seed: int, start: int = 0
-) -> MemoryStream | ShardStream:
-    """The training stream of a configuration, from the sample ``start`` on.
+@dataclass
+class _Filling:
+    """A batch on its way."""
 
-    Raises:
-        MmbaseError: shards that are missing or unreadable, a batch larger than the data.
-    """
-    shards = expand_shards(config.shards)
-    in_memory = config.memory == "always" or (config.memory == "auto" and _fits_memory(shards, config))
-    samples = list(read_samples(shards, config.caption_field)) if in_memory else []
-    held_out: set[str] = set()
-    if config.holdout:
-        held_out = config.holdout.values(s.fields for s in samples or read_samples(shards, config.caption_field))
-    collator = Collator(tokenizer, config.identity, config.keep_orientation)
-    common = {"batch_size": batch_size, "seed": seed, "start": start}
-    if config.sampling == "identities" and (not in_memory or config.identity is None):
-        raise MmbaseError("data.sampling=identities needs data.identity and a dataset in memory (data.memory=always)")
-    if not in_memory:
-        return ShardStream(shards, config, collator, held_out=frozenset(held_out), **common)
-    kept = (s for s in samples if not (config.holdout and config.holdout.covers(s.fields, held_out)))
-    pictures = load_pictures(kept, config.source_size, config.errors)
-    group_by = config.identity if config.sampling == "identities" else None
-    return MemoryStream(pictures, CaptionSampler(config.captions), collator, group_by=group_by, **common)
+    slot: int
+    missing: int
+    """pieces not yet back"""
+    pieces: dict[int, Rows] = field(default_factory=dict)
+    """by their first row"""
 
 
-def _fits_memory(shards: list[str], config: DataConfig) -> bool:
-    sizes = declared_sizes(shards)
-    return len(sizes) == len(shards) and sum(sizes.values()) * 4 * config.source_size**2 <= config.memory_bytes
+class Loader:
+    """An iterator of batches; :func:`mmbase.data.loader` makes one.
 
+    Args:
+        preparation: fills rows.
+        shards: where samples are read; for names and fetching ahead.
+        order: which sample stands at which position; None where samples are streamed without an order.
+        shape: of batches: height, width, tokens, whether transparency is kept.
+        batch_size: of this rank.
+        rank: of this process, from 0.
+        world_size: processes.
+        start: samples consumed before, by all ranks together.
+        stop: position at which the loader ends; None: never.
+        workers: processes that prepare; 0: this one.
+        prefetch: batches prepared ahead by workers.
+        timeout: seconds without any progress after which a worker counts as stuck.
+        quarantine: account of bad samples.
+        described: lines of :meth:`describe`.
+        fingerprint: equal for loaders whose positions name the same samples.
 
-class ShardStream(torch.utils.data.IterableDataset):
-    """Batches streamed from shards: shard order by seed and epoch, then a shuffle buffer; each worker has its shards.
-
-    The batches are the same for the same seed and number of workers, and after a resume at any batch: what came before
-    is read again without being decoded.
+    Attributes:
+        times: seconds per stage.
     """
 
     def __init__(
         self,
-        shards: list[str],
-        config: DataConfig,
-        collator: Collator,
+        preparation: Prepares,
         *,
+        shards: Shards | None,
+        urls: Sequence[str],
+        order: Order | None,
+        shape: tuple[int, int, int, bool],
         batch_size: int,
-        seed: int = 0,
+        quarantine: Quarantine,
+        rank: int = 0,
+        world_size: int = 1,
         start: int = 0,
-        held_out: frozenset[str] = frozenset(),
+        stop: int | None = None,
+        workers: int = 0,
+        prefetch: int = 2,
+        timeout: float = 300.0,
+        described: Sequence[str] = (),
+        fingerprint: str = "",
     ) -> None:
-        super().__init__()
-        if config.workers > len(shards):
-            raise MmbaseError(f"data.workers={config.workers} but only {len(shards)} shards; use fewer workers")
-        self.shards, self.config, self.collator = shards, config, collator
-        self.batch_size, self.seed, self.position, self.held_out = batch_size, seed, start, held_out
-        self.captions = CaptionSampler(config.captions)
+        _check(batch_size=batch_size, rank=rank, world_size=world_size, start=start, workers=workers, prefetch=prefetch)
+        self.preparation, self.shards, self.order = preparation, shards, order
+        self.batch_size, self.rank, self.world_size, self.workers = batch_size, rank, world_size, workers
+        self.stop, self.timeout, self.quarantine, self.times = stop, timeout, quarantine, StageTimes()
+        self._described, self.fingerprint = list(described), fingerprint
+        slots = (prefetch if workers else 1) + _LENT
+        self._shape = ArenaShape(workers, slots, batch_size, *shape)
+        self._position, self._consumed = start, start
+        self._pool: WorkerPool | None = None
+        self._free: deque[int] = deque()
+        self._lent: set[int] = set()
+        self._filling: dict[int, _Filling] = {}
+        self._waiting: deque[Piece] = deque()
+        self._started = self._delivered = self._turn = 0
+        self._window: list[int] = []
+        self._closed = False
+        self._arena = Arena(self._shape)
+        self._free.extend(range(slots))
+        if workers:
+            self._pool = WorkerPool(preparation, self._arena, urls=urls, timeout=timeout)
+        else:
+            preparation.open(0, 1)
+
+    # ---------------------------------------------------------------------------------------------- what one sees
+
+    @property
+    def position(self) -> int:
+        """Samples consumed by all ranks: the whole state. Setting it continues from there."""
+        return self._consumed
+
+    @position.setter
+    def position(self, value: int) -> None:
+        if value < 0:
+            raise MmbaseError(f"position {value} is below 0; it counts samples consumed")
+        if value == self._consumed:
+            return
+        self._waiting.clear()
+        while self._pool and self._pool.outstanding:
+            self._pool.take()
+        for filling in self._filling.values():
+            self._free.append(filling.slot)
+        self._filling.clear()
+        self._position = self._consumed = value
+        self._started = self._delivered
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """``good``, ``bad``, and bad samples by reason."""
+        return {"good": self.quarantine.good, "bad": self.quarantine.bad, "reasons": dict(self.quarantine.reasons)}
+
+    @property
+    def samples(self) -> int | None:
+        """Samples of an epoch; None where nobody knows."""
+        return None if self.order is None else len(self.order)
+
+    def describe(self) -> list[str]:
+        """What was chosen, one line each."""
+        where = f"by {self.workers} worker process{'es' * (self.workers > 1)}" if self.workers else "in this process"
+        return [*self._described, f"prepared {where}, {self._shape.height} x {self._shape.width} px"]
 
     def batches(self) -> Iterator[Batch]:
-        """Batches from ``position`` on, decoded in ``config.workers`` processes."""
-        if not self.config.workers:
-            yield from self
-            return
-        yield from torch.utils.data.DataLoader(
-            self, batch_size=None, num_workers=self.config.workers, persistent_workers=True, prefetch_factor=4
-        )
+        """The loader itself."""
+        return self
 
     def __iter__(self) -> Iterator[Batch]:
-        worker = torch.utils.data.get_worker_info()
-        workers = worker.num_workers if worker else 1
-        first = self.position // self.batch_size
-        # A DataLoader asks its workers in turn, from worker 0; batch b belongs to stream b % workers.
-        stream = ((worker.id if worker else 0) + first) % workers
-        skip = (first - stream + workers - 1) // workers
-        samples = self._samples(stream, workers)
-        for _ in range(skip * self.batch_size):
-            next(samples)
-        for batch_index in range(skip * workers + stream, 1 << 62, workers):
-            yield self._next_batch(samples, batch_index)
+        return self
 
-    def _samples(self, stream: int, workers: int) -> Iterator[Sample]:
-        """Encoded samples without end, shuffled."""
-        import webdataset
+    def __next__(self) -> Batch:
+        """The next batch: see :data:`mmbase.data.collate.Batch`.
 
-        for epoch in range(1 << 31):
-            order = generator(self.seed, epoch).permutation(len(self.shards))
-            shards = [self.shards[i] for i in order[stream::workers]]
-            shuffle = webdataset.detshuffle(
-                bufsize=self.config.shuffle_buffer,
-                initial=self.config.shuffle_buffer,
-                seed=stable_id(f"{self.seed} {stream}") % (1 << 31),
-                epoch=epoch - 1,
-            )
-            count = 0
-            for sample in shuffle.run(read_samples(shards, self.config.caption_field)):
-                if not self._is_held_out(sample):
-                    count += 1
-                    yield sample
-            if not count:
-                raise MmbaseError(
-                    f"the shards {shards} hold no image-caption pair to train on; check data.caption_field"
-                )
+        Raises:
+            MmbaseError: a worker died or is stuck, too many samples are bad, or whatever else keeps data away.
+        """
+        if self._closed:
+            raise MmbaseError("this loader is closed; make another")
+        before = time.perf_counter()
+        try:
+            batch = self._next_from_workers() if self._pool else self._next_here()
+        except StopIteration:
+            raise
+        except BaseException:
+            self.close()
+            raise
+        self.times.taken(time.perf_counter() - before)
+        return batch
 
-    def _is_held_out(self, sample: Sample) -> bool:
-        holdout = self.config.holdout
-        return holdout is not None and holdout.covers(sample.fields, self.held_out)
+    def close(self) -> None:
+        """End the workers. Batches handed out stay valid."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._pool:
+            self._pool.close()
+        self._arena.close()
 
-    def _next_batch(self, samples: Iterator[Sample], batch_index: int) -> Batch:
-        """The next ``batch_size`` samples, no more, so that a resume can count them; broken ones give way."""
-        taken = [next(samples) for _ in range(self.batch_size)]
-        rng = generator(self.seed, 2, batch_index)
-        images: list[np.ndarray] = []
-        kept: list[tuple[Sample, str]] = []
-        for sample in taken:
-            crop = (float(rng.uniform(*self.config.crop_scale)), float(rng.random()), float(rng.random()))
-            text = self.captions(sample.fields, rng)
-            try:
-                images.append(decode_rgba(sample.image, self.config.source_size, crop=crop))
-            except MmbaseError as error:
-                if self.config.errors == "raise":
-                    raise MmbaseError(f"sample {sample.key!r}: {error}") from error
-                logger.warning("left out sample %s: %s", sample.key, error)
-                continue
-            kept.append((sample, text))
-        if not kept:
-            raise MmbaseError(
-                f"none of {self.batch_size} pictures in a row could be decoded, the last: {taken[-1].key!r}"
-            )
-        rows = [i % len(kept) for i in range(self.batch_size)]
-        return self.collator(
-            stack_pictures(images, self.config.source_size)[rows],
-            [kept[i][1] for i in rows],
-            [kept[i][0].fields for i in rows],
-            [kept[i][0].key for i in rows],
-        )
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---------------------------------------------------------------------------------------------- how it is made
+
+    def _share(self, batch: int) -> tuple[int, int]:
+        """Positions of this rank's rows in the ``batch``-th batch counted from the last known position."""
+        whole = self.batch_size * self.world_size
+        first = self._position + (batch - self._delivered) * whole + self.rank * self.batch_size
+        last = first + self.batch_size
+        return (first, last) if self.stop is None else (min(first, self.stop), min(last, self.stop))
+
+    def _next_here(self) -> Batch:
+        first, last = self._share(self._delivered)
+        if first == last:
+            raise StopIteration
+        self._fetch_ahead(first)
+        slot = self._free.popleft()
+        slab = part(self._arena.slab(slot), 0, last - first)
+        rows = self.preparation.rows(first, last, slab, lambda *_: None)
+        return self._deliver(self._taken(slot), {0: rows}, last - first)
+
+    def _next_from_workers(self) -> Batch:
+        assert self._pool
+        first, last = self._share(self._delivered)
+        if first == last:
+            raise StopIteration
+        self._plan()
+        self._hand_out()
+        filling = self._filling[self._delivered]
+        while filling.missing:
+            for piece, rows in self._pool.take():
+                target = self._filling[piece.batch]
+                target.pieces[piece.first] = rows
+                target.missing -= 1
+            self._hand_out()
+        del self._filling[self._delivered]
+        return self._deliver(self._taken(filling.slot), filling.pieces, last - first)
+
+    def _plan(self) -> None:
+        """Start as many batches as there is room for."""
+        while self._free:
+            first, last = self._share(self._started)
+            if first == last:
+                return
+            self._fetch_ahead(first)
+            slot = self._free.popleft()
+            size = _piece_size(last - first, self.workers)
+            pieces = [
+                Piece(self._started, slot, row, first + row, min(size, last - first - row))
+                for row in range(0, last - first, size)
+            ]
+            self._filling[self._started] = _Filling(slot, len(pieces))
+            self._waiting.extend(pieces)
+            self._started += 1
+
+    def _hand_out(self) -> None:
+        """Queue all pieces there is room for, so that workers go on while nobody asks for a batch."""
+        assert self._pool
+        while self._waiting and self._pool.give(self._waiting[0], self._turn):
+            self._waiting.popleft()
+            self._turn += 1
+
+    def _taken(self, slot: int) -> Slab:
+        """A full batch as it lies in shared memory, free again when the last tensor of it is gone; or a copy.
+
+        The copy is made where the user holds on to batches, which are the user's to keep.
+        """
+        if len(self._lent) >= _LENT:
+            lying = self._arena.slab(slot)
+            alpha = None if lying.alpha is None else lying.alpha.copy()
+            copy = Slab(lying.image.copy("K"), alpha, lying.text.copy())
+            self._free.append(slot)
+            return copy
+        self._lent.add(slot)
+        slab = self._arena.slab(slot)
+        holders = [array for array in slab if array is not None]
+        left = [len(holders)]
+
+        def let_go() -> None:
+            left[0] -= 1
+            if not left[0]:
+                self._lent.discard(slot)
+                self._free.append(slot)
+
+        for array in holders:
+            finalizer = weakref.finalize(array, let_go)
+            finalizer.atexit = False  # type: ignore[attr-defined]
+        return slab
+
+    def _deliver(self, slab: Slab, pieces: dict[int, Rows], rows: int) -> Batch:
+        """The batch as tensors, accounted for."""
+        ordered = [pieces[first] for first in sorted(pieces)]
+        faults: list[Fault] = [fault for piece in ordered for fault in piece.faults]
+        for piece in ordered:
+            self.times.add(piece.seconds)
+        kept = sum(len(piece.keys) for piece in ordered)
+        chosen: slice | np.ndarray = slice(0, rows)
+        if kept < rows:  # evaluation leaves bad samples out
+            chosen = np.concatenate([first + np.arange(len(pieces[first].keys)) for first in sorted(pieces)])
+        image = torch.from_numpy(slab.image)[chosen]
+        if any(piece.transparent for piece in ordered):
+            assert slab.alpha is not None
+            image = torch.cat([image, torch.from_numpy(slab.alpha)[chosen][:, None]], 1)
+        batch: Batch = {
+            "image": image,
+            "text": torch.from_numpy(slab.text)[chosen],
+            "caption_id": torch.from_numpy(np.concatenate([piece.caption_id for piece in ordered])),
+            "may_flip": torch.from_numpy(np.concatenate([piece.may_flip for piece in ordered])),
+            "draw": torch.from_numpy(np.concatenate([piece.draw for piece in ordered])),
+            "key": [key for piece in ordered for key in piece.keys],
+        }
+        self.quarantine.add(kept, faults)
+        whole = self.batch_size * self.world_size
+        self._position = self._consumed = self._position + whole
+        if self.stop is not None:
+            self._consumed = min(self._consumed, self.stop)
+        self._delivered += 1
+        return batch
+
+    def _fetch_ahead(self, position: int) -> None:
+        if self.order is None or self.shards is None:
+            return
+        upcoming = self.order.upcoming_shards(position)
+        if upcoming != self._window:
+            self._window = upcoming
+            self.shards.prefetch(upcoming)
+
+
+def _piece_size(rows: int, workers: int) -> int:
+    """Rows given to a worker at a time: several pieces each, so that all end a batch together."""
+    return max(1, min(_LARGEST_PIECE, -(-rows // (_PIECES_PER_WORKER * workers))))
+
+
+def _check(**given: int) -> None:
+    lowest = {"batch_size": 1, "world_size": 1, "prefetch": 1}
+    for name, value in given.items():
+        if value < lowest.get(name, 0):
+            raise MmbaseError(f"{name}={value} must be at least {lowest.get(name, 0)}")
+    if given["rank"] >= given["world_size"]:
+        raise MmbaseError(f"rank={given['rank']} of world_size={given['world_size']}: ranks count from 0")

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from mmbase.data.datasheet import without_licence
 from mmbase.errors import MmbaseError
 from mmbase.evaluation.facts import RunFacts, gather_facts, source_table
 from mmbase.evaluation.report import duration, milliseconds, percent, timing_name
@@ -97,14 +98,20 @@ def _evaluation(results: Mapping[str, Any]) -> str:
     if retrieval:
         columns = ["Task", "Direction", "Recall@1", "Recall@5", "Recall@10", "Median rank", "Candidates"]
         parts.append("Retrieval:\n\n" + _table(columns, retrieval, 2))
-    return "\n\n".join(parts)
+    return "\n\n".join(parts) or "Not evaluated: its configuration names no tasks."
 
 
 def _training_data(sources: Sequence[Mapping[str, Any]]) -> str:
     if not sources:
         return "The sources of the training data were not recorded with this run."
     columns, rows = source_table(sources)
-    return _table([column.capitalize() for column in columns], rows)
+    parts = ["Trained on:", _table([column.capitalize() for column in columns], rows)]
+    if unknown := without_licence(sources):
+        parts.append(
+            f"**The licence of {', '.join(_cell(name) for name in unknown)} is not known**: find out before using or "
+            "publishing the model."
+        )
+    return "\n\n".join(parts)
 
 
 def _environment(facts: RunFacts, results: Mapping[str, Any]) -> str:

@@ -171,6 +171,21 @@ def evaluate_task(
     return result
 
 
+def describe_model(model: ImageTextModel) -> dict[str, Any]:
+    """``model`` and ``size`` of :func:`evaluate`, and no tasks."""
+    image_size = model.image_size
+    return {
+        "model": {
+            "name": model.name,
+            "image_size": image_size if isinstance(image_size, int) else list(image_size),
+            "logit_scale": float(model.logit_scale),
+            "logit_bias": None if model.logit_bias is None else float(model.logit_bias),
+        },
+        "size": model_size(model.parameter_counts()),
+        "tasks": {},
+    }
+
+
 def evaluate(
     model: ImageTextModel,
     tasks: Sequence[EvaluationTask],
@@ -201,17 +216,8 @@ def evaluate(
     names = [task.name for task in tasks]
     if not names or len(set(names)) != len(names):
         raise MmbaseError(f"tasks are {names!r}; give at least one, each with a name of its own")
-    image_size = model.image_size
-    results: dict[str, Any] = {
-        "model": {
-            "name": model.name,
-            "image_size": image_size if isinstance(image_size, int) else list(image_size),
-            "logit_scale": float(model.logit_scale),
-            "logit_bias": None if model.logit_bias is None else float(model.logit_bias),
-        },
-        "size": model_size(model.parameter_counts()),
-        "tasks": {task.name: evaluate_task(model, task, batch_size=batch_size, seed=seed) for task in tasks},
-    }
+    results = describe_model(model)
+    results["tasks"] = {task.name: evaluate_task(model, task, batch_size=batch_size, seed=seed) for task in tasks}
     if latency:
         samples = tasks[0].samples
         images = [sample["image"] for sample in samples[:32]]

@@ -12,9 +12,12 @@ from torch import nn
 
 from mmbase.config import RunConfig
 from mmbase.data.augment import Augment
-from mmbase.data.collate import Batch, generator
+from mmbase.data.collate import Batch
+from mmbase.data.draws import generator
 from mmbase.data.pictures import MemoryStream
-from mmbase.data.stream import ShardStream
+from mmbase.data.prefetch import on_device
+from mmbase.data.stream import Loader
+from mmbase.data.timing import DataWatch
 from mmbase.errors import MmbaseError
 from mmbase.losses.contrastive import ContrastiveLoss
 from mmbase.models.clip import CLIP
@@ -33,7 +36,7 @@ from mmbase.training.tracker import Tracker
 
 def train_loop(
     model: CLIP,
-    stream: MemoryStream | ShardStream,
+    stream: MemoryStream | Loader,
     config: RunConfig,
     *,
     augment: Augment,
@@ -69,6 +72,7 @@ def train_loop(
         console.print(f"resuming at step {progress.step} of {settings.steps} from {existing[-1]}")
     stream.position = progress.samples
     batches = prepared(stream, augment, model, config, progress.step, device)
+    watch = DataWatch(stream)
 
     # -- steps ------------------------------------------------------------------------------------------------------
     tracker = Tracker(
@@ -110,7 +114,10 @@ def train_loop(
                     learning_rate=factor * settings.learning_rate,
                     logit_scale=output["logit_scale"].detach(),
                     gradient_norm=norm,
+                    **watch.lap(),
                 )
+                if watch.verdict:
+                    console.print(watch.verdict, soft_wrap=True, highlight=False)
             else:
                 tracker.advance(done)
             if done % settings.checkpoint_every == 0 or done == settings.steps:
@@ -120,26 +127,24 @@ def train_loop(
 
 
 def prepared(
-    stream: MemoryStream | ShardStream,
+    stream: MemoryStream | Loader,
     augment: Augment,
     model: CLIP,
     config: RunConfig,
     step: int,
     device: torch.device,
 ) -> Iterator[Batch]:
-    """Batches on the device, augmented and normalised; what is drawn for a step depends on the seed and it alone."""
-    draw = torch.Generator(device)
-    for batch in stream.batches():
-        draw.manual_seed(int(generator(config.seed, 3, step).integers(1 << 62)))
+    """Batches on the device, augmented and normalised; how a picture is varied depends on (seed, epoch, sample)."""
+
+    def pack(batch: Batch) -> Batch:
+        return batch | {"text": model.text.pack(batch["text"])}
+
+    for batch in on_device(stream.batches(), device, stream.times, prepare=pack):
         progress = step / config.training.steps
         side = config.training.image_size_at(progress)
         size = model.image_size if side is None else (side, side)
-        image = augment.at(progress, size)(batch["image"].to(device, non_blocking=True), batch["may_flip"], draw)
-        yield batch | {
-            "image": image,
-            "text": model.text.trim(batch["text"]).to(device, non_blocking=True),
-            "caption_id": batch["caption_id"].to(device, non_blocking=True),
-        }
+        image = augment.at(progress, size)(batch["image"], batch["may_flip"], batch["draw"])
+        yield batch | {"image": image}
         step += 1
 
 

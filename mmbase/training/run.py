@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -17,8 +18,10 @@ from rich.console import Console
 
 from mmbase.config import RunConfig, dump, first_difference
 from mmbase.data.augment import Augment
+from mmbase.data.loading import open_stream
+from mmbase.data.pictures import MemoryStream
 from mmbase.data.shards import expand_shards, read_samples
-from mmbase.data.stream import open_stream
+from mmbase.data.stream import Loader
 from mmbase.data.tokenizer import FileTokenizer, Tokenizer, train_tokenizer
 from mmbase.errors import MmbaseError
 from mmbase.files import write_atomically
@@ -27,6 +30,10 @@ from mmbase.models.clip import CLIP
 from mmbase.training.checkpoint import save_weights
 from mmbase.training.loop import train_loop
 from mmbase.training.precision import choose_device, choose_precision
+from mmbase_kernels.banner import describe as describe_kernels
+
+INDIFFERENT = ("workers", "prefetch", "timeout", "cache", "max_bad_share")
+"""Keys of the data that a resume may change."""
 
 PACKAGES = ("mmbase", "torch", "triton", "numpy", "pillow", "open-clip-torch", "webdataset", "tokenizers")
 
@@ -50,7 +57,15 @@ def train_run(config: RunConfig, console: Console) -> Path:
     torch.manual_seed(config.seed)
 
     tokenizer = build_tokenizer(config, folder)
-    stream = open_stream(config.data, tokenizer, batch_size=config.training.batch_size, seed=config.seed)
+    stream = open_stream(
+        config.data,
+        tokenizer,
+        batch_size=config.training.batch_size,
+        seed=config.seed,
+        total=config.training.steps * config.training.batch_size,
+        quarantine=folder / "quarantine.jsonl",
+    )
+    check_data(folder, stream)
     model = build_model(config, tokenizer)
     size = model.config.vision.image_hw
     augment = Augment(config.augment, size, config.preprocess.mean, config.preprocess.std)
@@ -61,22 +76,27 @@ def train_run(config: RunConfig, console: Console) -> Path:
         "tokenizer": tokenizer.save(folder),
     }
     write_atomically(folder / "model.json", json.dumps(described, indent=2))
-    banner(config, console, device=str(device), precision=precision, stream=stream, model=model)
-    weights, progress = train_loop(
-        model,
-        stream,
-        config,
-        augment=augment,
-        device=device,
-        precision=precision,
-        folder=folder,
-        console=console,
-    )
+    try:
+        banner(config, console, device=str(device), precision=precision, stream=stream, model=model)
+    except ValueError as error:  # MMBASE_KERNELS asks for what there is not
+        raise MmbaseError(str(error)) from error
+    with contextlib.closing(stream):
+        weights, progress = train_loop(
+            model,
+            stream,
+            config,
+            augment=augment,
+            device=device,
+            precision=precision,
+            folder=folder,
+            console=console,
+        )
     record = environment(device) | {
         "precision": f"{str(precision.dtype or torch.float32).removeprefix('torch.')} ({precision.reason})",
         "training_seconds": round(progress.seconds, 1),
         "setup_seconds": round(time.perf_counter() - started - progress.seconds, 1),
         "samples": progress.samples,
+        "bad_samples": stream.counts["reasons"],
     }
     write_atomically(folder / "environment.json", json.dumps(record, indent=2))
     save_weights(weights, folder / "model.safetensors")
@@ -92,11 +112,7 @@ def prepare_folder(folder: Path, config: RunConfig) -> None:
     resolved = folder / "config.yaml"
     if resolved.exists():
         old = yaml.safe_load(resolved.read_text(encoding="utf-8"))
-        ignored = {"output", "device", "evaluation"}
-        new = config.model_dump(mode="json")
-        key = first_difference(
-            {k: v for k, v in old.items() if k not in ignored}, {k: v for k, v in new.items() if k not in ignored}
-        )
+        key = first_difference(_decisive(old), _decisive(config.model_dump(mode="json")))
         if key:
             raise MmbaseError(
                 f"{str(folder)!r} holds a run with another {key}; choose another output=, or delete the folder"
@@ -104,6 +120,33 @@ def prepare_folder(folder: Path, config: RunConfig) -> None:
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise MmbaseError(f"{str(folder)!r} exists and is no run of mmbase; choose another output=")
     write_atomically(resolved, dump(config))
+
+
+def _decisive(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without what cannot change the weights."""
+    kept = {name: value for name, value in values.items() if name not in ("output", "device", "evaluation")}
+    data = {name: value for name, value in dict(values.get("data", {})).items() if name not in INDIFFERENT}
+    return kept | {"data": data}
+
+
+def check_data(folder: Path, stream: MemoryStream | Loader) -> None:
+    """Note which samples the positions of this run stand for, or check that they still do.
+
+    Raises:
+        MmbaseError: shards or their sizes are not those the run began with.
+    """
+    if not isinstance(stream, Loader) or not stream.fingerprint:
+        return
+    path, now = folder / "data.json", {"fingerprint": stream.fingerprint, "samples": stream.samples}
+    if not path.exists():
+        write_atomically(path, json.dumps(now))
+        return
+    then = json.loads(path.read_text(encoding="utf-8"))
+    if then["fingerprint"] != stream.fingerprint:
+        raise MmbaseError(
+            f"the shards are not those this run began with ({then['samples']:,} samples then, {stream.samples:,} now); "
+            f"a resume would show other data; restore them, choose another output=, or delete {str(path)!r} to go on"
+        )
 
 
 def build_tokenizer(config: RunConfig, folder: Path) -> Tokenizer:
@@ -116,7 +159,7 @@ def build_tokenizer(config: RunConfig, folder: Path) -> Tokenizer:
     if stored.exists():
         return FileTokenizer(stored, context_length=context_length)
     held_out: set[str] = set()
-    samples = list(read_samples(expand_shards(config.data.shards), config.data.caption_field))
+    samples = list(read_samples(expand_shards(config.data.shard_specs()), config.data.caption_field))
     if holdout := config.data.holdout:
         held_out = holdout.values(s.fields for s in samples)
         samples = [s for s in samples if not holdout.covers(s.fields, held_out)]
@@ -189,27 +232,28 @@ def _commit() -> str | None:
         return None
 
 
-def banner(config: RunConfig, console: Console, *, device: str, precision: Any, stream: Any, model: CLIP) -> None:
+def banner(
+    config: RunConfig, console: Console, *, device: str, precision: Any, stream: MemoryStream | Loader, model: CLIP
+) -> None:
     """Say what was chosen, and why."""
     image = sum(p.numel() for p in model.visual.parameters()) / 1e6
     text = sum(p.numel() for p in model.text.parameters()) / 1e6
     dtype = str(precision.dtype or torch.float32).removeprefix("torch.")
     settings = config.training
-    where = (
-        f"in memory, {len(stream.pictures)} pairs"
-        if hasattr(stream, "pictures")
-        else f"streamed from {len(stream.shards)} shards"
-    )
     console.print(f"[bold]mmbase[/] {config.output}")
     console.print(f"  device     {device}, {torch.get_num_threads()} threads, {dtype}: {precision.reason}")
     console.print(
         f"  model      image tower {image:.1f} M, text tower {text:.1f} M parameters, {model.config.embed_dim}-d"
     )
+    for number, line in enumerate(stream.describe()):
+        console.print(f"  {'' if number else 'data':<10} {line}", soft_wrap=True, highlight=False)
     console.print(
-        f"  data       {where}, pictures of {config.data.source_size} px to {model.config.vision.image_size} px"
+        f"  {'':<10} pictures of {config.data.source_size} px to {model.config.vision.image_size} px", highlight=False
     )
     console.print(
         f"  training   {settings.steps} steps of {settings.batch_size} pairs, {settings.steps * settings.batch_size:,} "
         f"presentations"
     )
+    for line in describe_kernels(torch.device(device), precision.dtype or torch.float32):
+        console.print(f"  kernels    {line}")
     console.print(f"  loss       {settings.loss}: {describe_products(torch.device(device), precision.dtype)}")

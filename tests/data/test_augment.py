@@ -1,11 +1,13 @@
-"""Augmentation: off means a plain resize; each strength changes what it says; the generator decides everything."""
+"""Augmentation: off means a plain resize; each strength changes what it says; a sample's key decides everything."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from mmbase.data.augment import Augment
+from mmbase.data.augment import Augment, _Draw
 from mmbase.data.augment_config import AugmentConfig
+from mmbase.data.draws import mix64, sample_keys
 
 HALF = ([0.5] * 3, [0.25] * 3)
 
@@ -20,8 +22,11 @@ def pictures(batch=6, channels=4, size=16):
 
 
 def run(config, images, size=(16, 16), flips=True, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return Augment(config, size, *HALF)(images, torch.full((len(images),), flips), generator)
+    return Augment(config, size, *HALF)(images, torch.full((len(images),), flips), keys(len(images), seed))
+
+
+def keys(count, seed=0):
+    return torch.from_numpy(sample_keys(seed, np.zeros(count, int), np.arange(count)))
 
 
 def test_off_is_a_resize_over_white():
@@ -67,6 +72,32 @@ def test_each_strength_changes_pictures_and_repeats(name):
         assert not torch.allclose(one, other, atol=1e-4)
 
 
+def test_a_picture_is_varied_the_same_in_any_batch():
+    config = AugmentConfig(flip=0.5, line=0.5, white=0.5, **STRENGTHS | {"edge": 0.5, "blur": 0.5, "cutout": 0.5})
+    images, key, size = pictures(16), keys(16), (20, 20)
+    augment = Augment(config, size, *HALF)
+    whole = augment(images, torch.ones(16, dtype=torch.bool), key)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    for rows in (order, order[:5], order[:1]):
+        part = augment(images[rows], torch.ones(len(rows), dtype=torch.bool), key[rows])
+        assert (part - whole[rows]).abs().max() < 1e-5
+
+
+def test_draws_are_splitmix64_of_the_key_and_uniform():
+    key, step = keys(4000), 0x9E3779B97F4A7C15
+    draw = _Draw(key)
+    counters = np.arange(1, 4, dtype=np.uint64) * np.uint64(step)
+    expected = mix64(key.numpy().astype(np.uint64)[:, None] + counters) >> np.uint64(40)
+    assert np.array_equal(draw.table[:, :3].double().numpy() * 2**24, expected)
+    values = torch.cat([draw.uniform(0, 1, 3).flatten(), draw.uniform(0, 1)]).double()
+    assert values.min() >= 0 and values.max() < 1
+    counts = torch.histc(values, 20, 0, 1)
+    assert ((counts - 800).abs() < 5 * 800**0.5).all()
+    normal = draw.normal().double()
+    assert abs(normal.mean()) < 0.08 and abs(normal.std() - 1) < 0.06
+    assert abs(torch.corrcoef(draw.table[:, :2].T)[0, 1]) < 0.06
+
+
 def test_line_drawings_fade_the_fill():
     images = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
     drawn = run(AugmentConfig(edge=1.0, line=1.0), images) * 0.25 + 0.5
@@ -105,5 +136,5 @@ def test_ramp_grows_style_and_leaves_geometry():
     assert (config.at(0.0).hue, config.at(0.25).hue, config.at(0.5).hue) == pytest.approx((0.1, 0.25, 0.4))
     assert config.at(0.0).scale == 0.2
     smaller = Augment(config, (16, 16), *HALF).at(0.0, (12, 12))
-    assert smaller(pictures(), torch.ones(6, dtype=torch.bool), torch.Generator()).shape == (6, 3, 12, 12)
+    assert smaller(pictures(), torch.ones(6, dtype=torch.bool), keys(6)).shape == (6, 3, 12, 12)
     assert smaller.config.hue == pytest.approx(0.1)

@@ -12,8 +12,8 @@ from PIL import Image
 
 from mmbase.data.captions import CaptionSampler, CaptionTemplate
 from mmbase.data.config import DataConfig
+from mmbase.data.loading import open_stream
 from mmbase.data.shards import Holdout, declared_sizes, expand_shards, read_samples, stable_id
-from mmbase.data.stream import open_stream
 from mmbase.data.tokenizer import train_tokenizer
 from mmbase.errors import MmbaseError
 
@@ -125,6 +125,14 @@ def test_identities_never_stand_twice_in_a_batch(shards):
         stream(shards, memory="always", sampling="identities")
 
 
+def test_ranks_share_the_global_batches_of_a_dataset_in_memory(shards):
+    config = DataConfig(shards=str(shards), source_size=8, memory="always")
+    whole = [key for batch in islice(stream(shards, memory="always", batch_size=8), 6) for key in batch["key"]]
+    ranks = [open_stream(config, TOKENIZER, batch_size=4, seed=0, rank=rank, world_size=2) for rank in range(2)]
+    assert [key for _ in range(6) for rank in ranks for key in next(rank)["key"]] == whole
+    assert ranks[0].position == ranks[1].position == 48
+
+
 def test_batch_contents(shards):
     batch = next(stream(shards, memory="always", identity="concept", keep_orientation={"caption": "THING 3"}).batches())
     assert (batch["image"].dtype, batch["image"].shape) == (torch.uint8, (4, 3, 8, 8))
@@ -146,7 +154,7 @@ def test_resume_gives_the_same_batches(shards, options):
     assert not all(same(a, b) for a, b in pairwise(whole))
 
 
-def test_streaming_covers_an_epoch_evenly(shards):
+def test_streaming_shows_every_sample_once_an_epoch(shards):
     keys = [key for batch in islice(stream(shards, memory="never").batches(), 8) for key in batch["key"]]
     assert sorted(keys) == [f"{i:03d}" for i in range(32)]
     assert keys != sorted(keys)
@@ -171,6 +179,10 @@ def test_a_broken_picture(shards, memory):
         add(tar, "bad.json", b'{"caption": "bad"}')
     keys = [key for batch in islice(stream(shards, memory=memory).batches(), 20) for key in batch["key"]]
     assert len(keys) == 80 and "bad" not in keys
+    loaded = stream(shards, memory=memory)
+    list(islice(loaded.batches(), 20))
+    assert loaded.counts["bad"] in {"always": (1,), "never": (2, 3)}[memory]  # once an epoch
+    assert ("1 left out" in loaded.describe()[0]) == (memory == "always")
     with pytest.raises(MmbaseError, match="'bad'"):
         list(islice(stream(shards, memory=memory, errors="raise").batches(), 20))
 
@@ -178,8 +190,8 @@ def test_a_broken_picture(shards, memory):
 def test_mistakes(shards, tmp_path):
     with pytest.raises(MmbaseError, match="batch_size=64 is larger than the 32"):
         stream(shards, memory="always", batch_size=64)
-    with pytest.raises(MmbaseError, match="workers=9 but only 4 shards"):
-        stream(shards, memory="never", workers=9)
+    with pytest.raises(MmbaseError, match="batch_size=64 is larger than the 32 samples"):
+        stream(shards, memory="never", batch_size=64)
     with pytest.raises(MmbaseError, match="no usable image-caption pair"):
         next(stream(shards, memory="always", caption_field="title").batches())
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import html
+import multiprocessing
 import random
 import string
 import subprocess
 import sys
 import time
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from mmbase.data.clip_tokenizer import _ASCII_WORD, _ClipChunks, _unicode_word
+from mmbase.data.clip_tokenizer import _ASCII_WORD, _clip_chunks, _ClipChunks, _unicode_word
 from mmbase.data.tokenizer import CLEANERS, ClipTokenizer
 from mmbase.errors import MmbaseError
 
@@ -233,6 +235,24 @@ def test_the_cache_is_bounded_and_does_not_change_ids():
     assert ids == [_ClipChunks()[word] for word in words]
     long = "a" * (chunks.longest + 1)
     assert chunks[long] and long not in chunks
+
+
+def test_forked_workers_and_threads_tokenize_as_their_parent_does():
+    """Rust's thread pools do not survive a fork: none may have been started by tokenizing."""
+    tokenizer = ClipTokenizer()
+    texts = [f"{text} {n}" for n, text in enumerate(hostile_texts(300, seed=11))]
+    expected = tokenizer(texts)
+    with ThreadPoolExecutor(4) as pool:
+        for ids in pool.map(lambda _: ClipTokenizer()(texts), range(8)):
+            np.testing.assert_array_equal(ids, expected)
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    _clip_chunks.clear()  # so that the child has words to merge
+    worker = multiprocessing.get_context("fork").Process(target=lambda: sender.send(tokenizer(texts)), daemon=True)
+    worker.start()
+    assert receiver.poll(60), "the forked worker hangs"
+    np.testing.assert_array_equal(receiver.recv(), expected)
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 def test_decode_returns_the_text(open_clip):
