@@ -6,11 +6,13 @@ spot (:mod:`mmbase_bench.ceilings`); every measurement names its floor and its r
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +21,22 @@ from mmbase_bench.ceilings import Ceilings
 
 Call = Callable[[int], object]
 """Does the work once, on the input set of this number (modulo the sets there are)."""
+
+
+@dataclass(frozen=True)
+class Staged:
+    """Work of which the first part comes before the clock starts: the forward pass where the backward is timed."""
+
+    prepare: Callable[[int], Any]
+    """On the input set of this number."""
+    timed: Callable[[Any], object]
+    """Takes what `prepare` returned."""
+
+    def __call__(self, index: int) -> object:
+        """Both parts."""
+        return self.timed(self.prepare(index))
+
+
 CUDA_BURST = 5
 """Timed calls per round on a GPU; one on a CPU, where peers alternate call by call."""
 
@@ -61,6 +79,8 @@ class Measurement:
     """``matmul`` or ``copy``: the ceiling that sets the floor."""
     ratio_to_baseline: float | None = None
     """Median over rounds of the time divided by the baseline's of the same round; below 1 is faster."""
+    baseline: str = ""
+    """The contender that it was compared with, where a result's head does not name one for all."""
     errors: dict[str, float] = field(default_factory=dict)
     """Relative errors against float64, by quantity."""
     problem: str = ""
@@ -99,6 +119,7 @@ class Measurement:
             "floor_by": self.floor_by,
             "ratio_to_floor": self.ratio_to_floor,
             "ratio_to_baseline": self.ratio_to_baseline,
+            **({"baseline": self.baseline} if self.baseline else {}),
             **{f"{name}_error": value if math.isfinite(value) else None for name, value in self.errors.items()},
             "problem": self.problem,
             "note": self.note,
@@ -170,24 +191,35 @@ def time_alternating(
 
 def _round(call: Call, device: torch.device, index: int) -> list[float]:
     if device.type != "cuda":
+        timed = _timed(call, index)
         start = time.perf_counter()
-        call(index)
+        timed()
         return [1e3 * (time.perf_counter() - start)]
     call(index)
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(CUDA_BURST)]
     for offset, (start, end) in enumerate(events, index * CUDA_BURST + 1):
+        timed = _timed(call, offset)
         start.record()
-        call(offset)
+        timed()
         end.record()
     torch.cuda.synchronize(device)
     return [start.elapsed_time(end) for start, end in events]
+
+
+def _timed(call: Call, index: int) -> Callable[[], object]:
+    """What is timed of a call, after what comes before it was started."""
+    return partial(call.timed, call.prepare(index)) if isinstance(call, Staged) else partial(call, index)
 
 
 def reason(error: BaseException) -> str:
     """An exception as one line."""
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return "out of memory"
-    first = (str(error).strip() or "no message").splitlines()[0]
+    lines = (str(error).strip() or "no message").splitlines()
+    first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]  # the backend of torch.compile: cause second
+    for line in lines:  # its tracer: the cause comes last
+        if "Developer debug context: " in line:
+            first = line.strip().removeprefix("Developer debug context: ")
     return f"{type(error).__name__}: {first}"[:300]
 
 
@@ -198,6 +230,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def release(device: torch.device) -> None:
-    """Give memory that a failed contender left in the cache back to the device."""
+    """Give memory that a failed contender left in the cache back to the device, if that answers."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
