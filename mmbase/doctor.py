@@ -51,6 +51,7 @@ def _devices() -> Iterator[Finding]:
         import torch
 
         from mmbase.training.precision import choose_device, choose_precision
+        from mmbase_kernels.banner import describe
     except (ImportError, OSError) as error:
         yield Finding(False, "torch import", f"{error}; reinstall torch")
         return
@@ -61,6 +62,11 @@ def _devices() -> Iterator[Finding]:
     precision = choose_precision("auto", device)
     name = str(precision.dtype or torch.float32).removeprefix("torch.")
     yield Finding(True, "device", f"{device}, {torch.get_num_threads()} threads, {name}: {precision.reason}")
+    try:
+        for line in describe(device, precision.dtype or torch.float32):
+            yield Finding(True, "kernels", line)
+    except ValueError as error:
+        yield Finding(False, "kernels", str(error))
     product = torch.ones(64, 64, device=device) @ torch.ones(64, 64, device=device)
     works = bool((product == 64).all())
     yield Finding(works, "matrix product", "correct" if works else f"wrong on {device}; check the driver")

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from mmbase_kernels.attention_choice import triton_wins
 from mmbase_kernels.attention_sdpa import packed_attention, varlen_attention
-from mmbase_kernels.dispatch import DTYPES, hindrance, refuse_forward_mode
+from mmbase_kernels.dispatch import choose_measured, refuse_forward_mode
 
 IMPLEMENTATIONS = ("auto", "triton", "sdpa", "reference")
 NARROWEST, WIDEST, STEP = 32, 128, 8
@@ -52,7 +51,8 @@ def attention(
         impl: ``triton`` (CUDA, D of 32 to 128 in steps of 8, up to 1,024 tokens a sequence; the gradient is written
             packed, two runs are bitwise equal), ``sdpa`` (PyTorch's ``scaled_dot_product_attention``, any device and
             shape), ``reference`` (the equation as written, in float64, O(total ** 2) memory with ``cu_seqlens``),
-            ``auto`` (``triton`` where a checked-in measurement says that it is faster, else ``sdpa``).
+            ``auto`` (what MMBASE_KERNELS asks for, else ``triton`` where a checked-in measurement says that it is
+            faster, else ``sdpa``).
 
     Returns:
         ``[B, N, H, D]`` or ``[total, H, D]``, in the dtype of ``qkv``. A second derivative of ``triton`` raises
@@ -88,29 +88,13 @@ def attention(
 
 def _choose(impl: str, qkv: Tensor, length: int, causal: bool, varlen: bool) -> str:
     """The implementation for ``impl``."""
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, not {impl!r}")
-    width = qkv.shape[-1]
-    if impl == "auto":
-        fits = qkv.dtype in DTYPES and _has_kernels(width) and length <= LONGEST
-        on_gpu = qkv.device.type == "cuda" and not hindrance(qkv.device)
-        wins = fits and on_gpu and triton_wins(qkv.device, qkv.dtype, width, length, causal=causal, varlen=varlen)
-        return "triton" if wins else "sdpa"
-    if impl != "triton":
-        return impl
-    if reason := hindrance(qkv.device):
-        raise ValueError(f"impl='triton' cannot run: {reason}; use impl='sdpa' or 'auto'")
-    if qkv.dtype not in DTYPES:
-        raise ValueError(f"impl='triton' takes float32, float16 or bfloat16, not {qkv.dtype}: use impl='sdpa'")
-    if not _has_kernels(width):
-        raise ValueError(f"impl='triton' takes head widths of 32 to 128 in steps of 8, not {width}: use impl='sdpa'")
-    if length > LONGEST:
-        raise ValueError(f"impl='triton' takes up to {LONGEST} tokens a sequence, not {length}: use impl='sdpa'")
-    return impl
-
-
-def _has_kernels(width: int) -> bool:
-    return NARROWEST <= width <= WIDEST and width % STEP == 0
+    width, obstacle = qkv.shape[-1], ""
+    if not (NARROWEST <= width <= WIDEST and width % STEP == 0):
+        obstacle = f"takes head widths of 32 to 128 in steps of 8, not {width}"
+    elif length > LONGEST:
+        obstacle = f"takes up to {LONGEST} tokens a sequence, not {length}"
+    case = "causal" * causal + " " * (causal and varlen) + "varlen" * varlen
+    return choose_measured("attention", impl, qkv, size=length, case=case, obstacle=obstacle, names=IMPLEMENTATIONS)
 
 
 def _check_qkv(qkv: Tensor, cu_seqlens: Tensor | None) -> None:
@@ -130,7 +114,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int | None, qkv: Tensor) -
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
         got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens)
         raise ValueError(f"cu_seqlens must be an int32 tensor, not {got}: convert it with .int()")
-    if cu_seqlens.ndim != 1 or not len(cu_seqlens):
+    if cu_seqlens.ndim != 1 or not cu_seqlens.shape[0]:
         raise ValueError(f"cu_seqlens must be [B + 1], not {list(cu_seqlens.shape)}: 0, then the sequences' ends")
     if cu_seqlens.device != qkv.device:
         raise ValueError(f"devices differ: cu_seqlens on {cu_seqlens.device}, qkv on {qkv.device}; move one of them")
@@ -141,11 +125,11 @@ def _check_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int | None, qkv: Tensor) -
             raise ValueError("a compiled graph needs max_seqlen, which is None: give the longest sequence's length")
         return max_seqlen
     if cu_seqlens.device.type == "cpu":
-        return _check_boundaries(cu_seqlens.tolist(), max_seqlen, len(qkv))
+        return _check_boundaries(cu_seqlens.tolist(), max_seqlen, qkv.shape[0])
     if max_seqlen is None:
-        max_seqlen = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
+        max_seqlen = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
     if cu_seqlens.device.type == "cuda":
-        _assert_boundaries(cu_seqlens, max_seqlen, len(qkv))
+        _assert_boundaries(cu_seqlens, max_seqlen, qkv.shape[0])
     return max_seqlen
 
 

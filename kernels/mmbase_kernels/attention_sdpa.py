@@ -21,7 +21,8 @@ def packed_attention(
         scale: factor of the logits; None: ``D ** -0.5``.
         keep_BN: True for keys that may be attended to; None: all. Every query needs one such key in reach.
     """
-    q_BHND, k_BHND, v_BHND = qkv_BN3HD.permute(2, 0, 3, 1, 4).unbind(0)
+    # unbound before they are transposed, so that the three gradients are stacked contiguous, as the projection wants
+    q_BHND, k_BHND, v_BHND = (part_BNHD.transpose(1, 2) for part_BNHD in qkv_BN3HD.unbind(2))
     mask = None if keep_BN is None else keep_BN[:, None, None, :]
     return attend(q_BHND, k_BHND, v_BHND, mask=mask, causal=causal, scale=scale).transpose(1, 2)
 
@@ -89,7 +90,7 @@ def varlen_attention(
         scale: as in :func:`packed_attention`.
     """
     if not torch.compiler.is_compiling():
-        if not len(qkv_T3HD):
+        if not qkv_T3HD.shape[0]:
             return qkv_T3HD[:, 0]
         if cu_seqlens.device.type == "cpu":
             lengths = cu_seqlens.diff()
@@ -128,7 +129,7 @@ def _by_length(
 
 def _padded(qkv_T3HD: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float | None) -> Tensor:
     """One call for all, with a mask; reads no value on the host."""
-    tokens, device = len(qkv_T3HD), qkv_T3HD.device
+    tokens, device = qkv_T3HD.shape[0], qkv_T3HD.device
     starts_B, stops_B = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
     column_N = torch.arange(max_seqlen, device=device)
     keep_BN = column_N < (stops_B - starts_B)[:, None]

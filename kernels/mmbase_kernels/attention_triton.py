@@ -18,7 +18,7 @@ from mmbase_kernels.attention_backward_tiles import (
 )
 from mmbase_kernels.attention_tiles import forward_kernel, forward_loop_kernel
 from mmbase_kernels.attention_tuning import Plan, padded, plan, recomputed
-from mmbase_kernels.launch import LOG2E, on_device
+from mmbase_kernels.launch import LOG2E, dense, on_device
 from mmbase_kernels.tuning import architecture
 
 
@@ -76,13 +76,6 @@ def _launch(kernel: Any, problem: _Problem, plan: Plan, tiles_of: str | None = N
     kernel[grid](**{name: arguments[name] for name in names}, **plan.options())
 
 
-def _aligned(tensor: Tensor) -> Tensor:
-    """Contiguous and on a multiple of 16 bytes, by whose width the kernels load; copies only what is not."""
-    if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0:
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
 def keeps_statistics(qkv_T3HD: Tensor, length: int, *, ragged: bool) -> bool:
     """Whether the backward pass reads log-sum-exps, rather than computing the softmax again."""
     name = architecture(qkv_T3HD.device)
@@ -103,7 +96,7 @@ def forward(
     """
     tokens, _, heads, width = qkv_T3HD.shape
     out_THD = qkv_T3HD.new_empty((tokens, heads, width))
-    problem = _Problem(_aligned(qkv_T3HD), cu_seqlens, length, causal, scale)
+    problem = _Problem(dense(qkv_T3HD), cu_seqlens, length, causal, scale)
     kept = keeps_statistics(qkv_T3HD, length, ragged=problem.ragged)
     lse_HT = qkv_T3HD.new_empty((heads, tokens) if kept else (0,), dtype=torch.float32)
     if not tokens:
@@ -141,12 +134,12 @@ def backward(
         causal: as in :func:`forward`.
         scale: as in :func:`forward`.
     """
-    problem = _Problem(_aligned(qkv_T3HD), cu_seqlens, length, causal, scale)
+    problem = _Problem(dense(qkv_T3HD), cu_seqlens, length, causal, scale)
     grad_qkv_T3HD = torch.empty_like(problem.qkv_T3HD)
     if not len(qkv_T3HD):
         return grad_qkv_T3HD
     plan = problem.plan("backward")
-    tensors = {"grad": _aligned(grad_THD), "grad_qkv": grad_qkv_T3HD}
+    tensors = {"grad": dense(grad_THD), "grad_qkv": grad_qkv_T3HD}
     with on_device(qkv_T3HD):
         if plan.kernel == "backward_tile":
             _launch(backward_tile_kernel, problem, plan, **tensors)

@@ -1,13 +1,15 @@
-"""Which implementation runs, and the checks that every loss shares."""
+"""Which implementation runs, and the checks that operators share."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from mmbase_kernels.choice import ENVIRONMENT, asked, measured_faster
 from mmbase_kernels.tuning import triton_version
 
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
@@ -21,19 +23,74 @@ the 1,024 rows of a rank against 131,072 columns."""
 
 
 def choose(impl: str, features: Tensor, compute_dtype: torch.dtype | None = None) -> str:
-    """The implementation for ``impl``; ``auto`` takes Triton for 16-bit products on CUDA and PyTorch for all else.
+    """The loss's implementation for ``impl``; ``auto`` takes what MMBASE_KERNELS asks for, else Triton for 16-bit
+    products on CUDA and PyTorch for all else.
 
     Raises:
         ValueError: an unknown name, or ``triton`` where it cannot run.
     """
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, not {impl!r}")
-    if impl == "auto":
+    chosen, words = asked(impl, IMPLEMENTATIONS)
+    if chosen == "auto":
         narrow = (compute_dtype or features.dtype) in DTYPES[1:]
         return "triton" if narrow and features.device.type == "cuda" and not hindrance(features.device) else "torch"
-    if impl == "triton" and (reason := hindrance(features.device)):
-        raise ValueError(f"impl='triton' cannot run: {reason}; use impl='torch' or 'auto'")
-    return impl
+    if chosen == "triton" and (reason := hindrance(features.device)):
+        raise ValueError(f"{words} cannot run: {reason}; use {_instead(words, 'torch')}")
+    return chosen
+
+
+def choose_measured(
+    operator: str,
+    impl: str,
+    x: Tensor,
+    *,
+    size: int,
+    case: str = "",
+    obstacle: str = "",
+    dtype: torch.dtype | None = None,
+    width: int | None = None,
+    names: Sequence[str] = IMPLEMENTATIONS,
+) -> str:
+    """An operator's implementation for ``impl``; ``auto`` takes what MMBASE_KERNELS asks for, else Triton on CUDA where
+    the table of measurements says so.
+
+    Args:
+        operator: one of :data:`mmbase_kernels.choice.OPERATORS`.
+        impl: the caller's argument.
+        x: whose device, dtype and last axis are looked up.
+        size: tokens or rows, as the field of :class:`mmbase_kernels.choice.Win`.
+        case: as the field of the same name.
+        obstacle: why the Triton kernels do not take this call, such as "takes up to 9 rows, not 12"; empty if they do.
+        dtype: instead of that of ``x``, where ``x`` is what the operator's input is yet made of.
+        width: instead of the last axis of ``x``, likewise.
+        names: ``auto``, ``triton``, what PyTorch's is called, ``reference``.
+
+    Returns:
+        One of ``names``, never ``auto``.
+
+    Raises:
+        ValueError: an unknown name, or ``triton`` where it cannot run.
+    """
+    chosen, words = asked(impl, names)
+    plain = names[2]
+    if chosen not in ("auto", "triton"):
+        return chosen
+    dtype, width = dtype or x.dtype, x.shape[-1] if width is None else width
+    if dtype not in DTYPES:
+        obstacle = f"takes float32, float16 or bfloat16, not {dtype}"
+    if chosen == "auto":
+        fits = x.device.type == "cuda" and not obstacle
+        wins = fits and measured_faster(operator, x.device, dtype, width=width, size=size, case=case)
+        return "triton" if wins and not hindrance(x.device) else plain
+    if reason := hindrance(x.device):
+        raise ValueError(f"{words} cannot run: {reason}; use {_instead(words, plain)}")
+    if obstacle:
+        raise ValueError(f"{words} {obstacle}: use {_instead(words, plain)}")
+    return chosen
+
+
+def _instead(words: str, plain: str) -> str:
+    """What a message advises in place of ``triton``."""
+    return f"impl={plain!r} or 'auto'" if words.startswith("impl") else f"{ENVIRONMENT}=torch or unset it"
 
 
 def hindrance(device: torch.device) -> str:

@@ -1,4 +1,4 @@
-"""What the Triton losses need before a launch: features as the kernels read them, the tile, the device.
+"""What is needed before a launch: tensors and features as the kernels read them, the tile, the device.
 
 Letters: M image rows, N text rows, D width.
 """
@@ -46,6 +46,13 @@ def prepare(table: str, image_MD: Tensor, text_ND: Tensor) -> Setting:
     pointers = uses_pointers(name)
     image_MD, text_ND = (aligned(features, tile_.block_d, pointers) for features in (image_MD, text_ND))
     return Setting(image_MD, text_ND, tile_, name, pointers)
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """Contiguous and on a multiple of 16 bytes, by whose width the kernels load; copies only what is not."""
+    if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def on_device(features: Tensor) -> contextlib.AbstractContextManager[Any]:

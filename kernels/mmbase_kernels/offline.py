@@ -36,6 +36,10 @@ MODULES = (
     "sigmoid_tiles",
     "attention_tiles",
     "attention_backward_tiles",
+    "head_tiles",
+    "layer_norm_tiles",
+    "partials_tiles",
+    "activation_tiles",
 )
 """Modules of this package with a function ``shipped(architecture)``."""
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}

@@ -126,14 +126,21 @@ def uses_pointers(architecture: str) -> bool:
     return architecture in ("sm_80", "gfx942")
 
 
-@functools.cache
 def architecture(device: torch.device) -> str:
     """The row of the tables for a device; the interpreter's CPU reads the one of sm_90.
 
     Devices between the rows take the one below them; sm_120 has less shared memory than sm_100 and takes that of sm_80.
     """
+    # A graph that is traced would warn of the cache.
+    return _architecture(device) if torch.compiler.is_compiling() else _cached_architecture(device)
+
+
+def _architecture(device: torch.device) -> str:
     if device.type != "cuda":
         return "sm_90"
     if torch.version.hip:
         return "gfx942"
     return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
+
+
+_cached_architecture = functools.cache(_architecture)

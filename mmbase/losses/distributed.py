@@ -193,7 +193,9 @@ def check_exchange(exchange: str) -> None:
 def _implementation(impl: str, features: Tensor, compute_dtype: torch.dtype | None) -> str:
     chosen = choose(impl, features, compute_dtype)
     if chosen == "reference":
-        raise MmbaseError("impl='reference' is for one process: use 'torch', 'triton' or 'auto' over ranks")
+        raise MmbaseError(
+            "impl='reference' is for one process: use 'torch', 'triton' or 'auto' over ranks, or unset MMBASE_KERNELS"
+        )
     check_kernel_dtype(features, chosen)
     return chosen
 

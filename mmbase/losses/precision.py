@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmbase_kernels.choice import ENVIRONMENT, preferred
 from mmbase_kernels.dispatch import choose
 
 
@@ -20,12 +21,18 @@ def product_dtype(features: Tensor) -> torch.dtype | None:
 
 
 def describe_products(device: torch.device, autocast: torch.dtype | None) -> str:
-    """How the losses compute on a device under that autocast dtype (None: off), in words for a start banner."""
+    """How the losses compute on a device under that autocast dtype (None: off), in words for a start banner.
+
+    Raises:
+        ValueError: MMBASE_KERNELS asks for what there is not, or for ``triton`` where it cannot run.
+    """
     narrow = device.type == "cuda" and autocast is not None and autocast.itemsize == 2
     dtype = torch.float16 if narrow else torch.float32
     implementation = choose("auto", torch.empty(0, device=device), dtype)
-    name = {"triton": "Triton kernels", "torch": "PyTorch operations"}[implementation]
-    return f"{name}, products in {str(dtype).removeprefix('torch.')}"
+    name = {"triton": "Triton kernels", "torch": "PyTorch operations", "reference": "reference"}[implementation]
+    products = "float64" if implementation == "reference" else str(dtype).removeprefix("torch.")
+    why = f" ({ENVIRONMENT}={value})" if (value := preferred()) else ""
+    return f"{name}, products in {products}{why}"
 
 
 def common_dtype(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,12 +5,13 @@ Shapes: B batch, C channels, H/W pixels, T tokens, E embedding width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmbase.models.config import CLIPConfig
-from mmbase.models.text import TextTransformer
+from mmbase.models.text import PackedText, TextTransformer
 from mmbase.models.vision import VisionTransformer
 
 __all__ = ["CLIP", "CLIPConfig"]
@@ -47,18 +48,33 @@ class CLIP(nn.Module):
         """Longest text in tokens."""
         return self.config.text.context_length
 
-    def encode_image(self, image_BCHW: Tensor, normalize: bool = False) -> Tensor:
-        """Features_BE of normalised pixels; unit length with ``normalize``."""
-        features_BE = self.visual(image_BCHW)
-        return unit_length(features_BE) if normalize else features_BE
+    def encode_image(self, images: Tensor | Sequence[Tensor], normalize: bool = False) -> Tensor:
+        """Features_BE of normalised pixels; unit length with ``normalize``.
 
-    def encode_text(self, text_BT: Tensor, normalize: bool = False) -> Tensor:
-        """Features_BE of token ids; unit length with ``normalize``."""
-        features_BE = self.text(text_BT)
-        return unit_length(features_BE) if normalize else features_BE
+        Args:
+            images: image_BCHW, or a list of images_CHW of any sizes, packed into one sequence: see
+                `VisionTransformer.forward`.
+            normalize: features of unit length, in float32.
+        """
+        return self.visual(images, normalize=normalize)
 
-    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> dict[str, Tensor]:
+    def encode_text(self, text: Tensor | PackedText, normalize: bool = False) -> Tensor:
+        """Features_BE of token ids; unit length with ``normalize``.
+
+        Args:
+            text: ids_BT, or what ``model.text.pack`` makes of them: the same features, with no work for padding.
+            normalize: features of unit length, in float32.
+        """
+        return self.text(text, normalize=normalize)
+
+    def forward(
+        self, image: Tensor | Sequence[Tensor] | None = None, text: Tensor | PackedText | None = None
+    ) -> dict[str, Tensor]:
         """Features of unit length and the scale they are to be multiplied with.
+
+        Args:
+            image: as for `encode_image`.
+            text: as for `encode_text`.
 
         Returns:
             image_features and text_features (of what was given), logit_scale (exponentiated, a scalar) and, in a
@@ -73,8 +89,3 @@ class CLIP(nn.Module):
         if self.logit_bias is not None:
             out["logit_bias"] = self.logit_bias
         return out
-
-
-def unit_length(features_BE: Tensor) -> Tensor:
-    """Features of unit length in float32: bfloat16 would round cosines by up to 0.4 %, times the logit scale."""
-    return F.normalize(features_BE.float(), dim=-1)

@@ -73,7 +73,10 @@ class VisionConfig(TowerConfig):
     @property
     def grid_hw(self) -> tuple[int, int]:
         """Rows and columns of the patch grid."""
-        height, width = self.image_hw
+        return self.grid_of(*self.image_hw)
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the patch grid of an image of another size; 0 where it is smaller than a patch."""
         if self.stem == "patch":
             return height // self.patch_hw[0], width // self.patch_hw[1]
         return self._conv_side(height), self._conv_side(width)

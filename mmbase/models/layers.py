@@ -1,4 +1,4 @@
-"""Layers of both towers. Attention is called here and nowhere else.
+"""Layers of both towers. Kernels are called here and nowhere else.
 
 Shapes: B batch, N tokens, M query tokens, H heads, D head width (after an H) or model width, K kept tokens, P tokens
 of a packed batch, of all its sequences together.
@@ -6,15 +6,23 @@ of a packed batch, of all its sequences together.
 
 from __future__ import annotations
 
+from typing import TypeGuard, TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmbase.models.config import Activation
+from mmbase.models.initialised import Linear
 from mmbase.models.packing import Packing
+from mmbase_kernels import add_layer_norm, layer_norm
 from mmbase_kernels import attention as kernels_attention
+from mmbase_kernels.activation import activate, bias_activation, uses_fused
 from mmbase_kernels.attention_sdpa import attend, packed_attention
+from mmbase_kernels.head import head
+
+Kind = TypeVar("Kind", bound=nn.Module)
 
 
 def attention(
@@ -49,50 +57,14 @@ def cross_attention(q_BMHD: Tensor, k_BNHD: Tensor, v_BNHD: Tensor, *, keep_BN: 
     return attend(q_BHMD, k_BHND, v_BHND, mask=mask).transpose(1, 2)
 
 
-def activate(x: Tensor, activation: Activation) -> Tensor:
-    """GELU, its tanh approximation, or OpenAI CLIP's x·σ(1.702x)."""
-    if activation == "quick_gelu":
-        return F.silu(1.702 * x) / 1.702  # the same function, with fewer tensors kept for backward
-    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+def untouched(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
+    """Whether calling this module is what ``kind`` computes and nothing besides, so that an operator may stand for it.
 
-
-def draw_normal(weight: Tensor, std: float) -> None:
-    """Fill with draws from N(0, std²). Tensors on the meta device stay: torch would load its compiler for them."""
-    if not weight.is_meta:
-        nn.init.normal_(weight, std=std)
-
-
-def normal_parameter(*shape: int, std: float) -> nn.Parameter:
-    """A parameter drawn from N(0, std²)."""
-    parameter = nn.Parameter(torch.empty(*shape))
-    draw_normal(parameter, std)
-    return parameter
-
-
-class Linear(nn.Linear):
-    """Linear layer that draws its weight from N(0, std²) and zeroes its bias: initialised once, not twice."""
-
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = True, std: float) -> None:
-        self.std = std
-        super().__init__(in_features, out_features, bias=bias)
-
-    def reset_parameters(self) -> None:
-        """Draw the weight anew."""
-        draw_normal(self.weight, self.std)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-
-class Embedding(nn.Embedding):
-    """Embedding table drawn from N(0, std²)."""
-
-    def __init__(self, num_embeddings: int, embedding_dim: int, *, std: float) -> None:
-        self.std = std
-        super().__init__(num_embeddings, embedding_dim)
-
-    def reset_parameters(self) -> None:
-        """Draw the table anew."""
-        draw_normal(self.weight, self.std)
+    Not so with a subclass, which is what LoRA, quantisation, parametrisations and FSDP2 make of a module that they are
+    applied to, nor with hooks or a ``forward`` put in its place.
+    """
+    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    return type(module) is kind and not any(hooks) and "forward" not in module.__dict__
 
 
 class LayerNorm(nn.LayerNorm):
@@ -100,7 +72,29 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise over the last axis."""
-        return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps).to(input.dtype)
+        return layer_norm(input, self.weight, self.bias, eps=self.eps)
+
+
+def add_and_norm(x: Tensor, branch: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """``x + branch`` and ``norm`` of it, by one operator where it is our LayerNorm."""
+    if x.dtype == branch.dtype and untouched(norm, LayerNorm):
+        return add_layer_norm(x, branch, norm.weight, norm.bias, eps=norm.eps)
+    x = x + branch
+    return x, norm(x)
+
+
+def project_token(x_B1D: Tensor, norm: nn.Module, proj: nn.Module, *, normalize: bool) -> Tensor:
+    """Features_BE of the token that is pooled, ``proj(norm(x))``, by one operator where they are our own layers."""
+    if untouched(norm, LayerNorm) and (untouched(proj, Linear) or untouched(proj, nn.Identity)):
+        weight, bias = (proj.weight, proj.bias) if isinstance(proj, Linear) else (None, None)
+        return head(x_B1D, 0, norm.weight, norm.bias, weight, bias, eps=norm.eps, normalize=normalize)
+    features_BE = proj(norm(x_B1D)[:, 0])
+    return unit_length(features_BE) if normalize else features_BE
+
+
+def unit_length(features_BE: Tensor) -> Tensor:
+    """Features of unit length in float32: bfloat16 would round cosines by up to 0.4 %, times the logit scale."""
+    return F.normalize(features_BE.to(torch.promote_types(features_BE.dtype, torch.float32)), dim=-1)
 
 
 class LayerScale(nn.Module):
@@ -192,7 +186,7 @@ class Attention(nn.Module):
         token: Tensor | int | None = None,
         packing: Packing | None = None,
     ) -> Tensor:
-        """Attend; with ``token`` only that token of each row asks, and the result is x_B1D."""
+        """Attend; with ``token`` only that token of each row asks, and the result is x_B1D (see `Transformer`)."""
         qkv_BN3HD = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1))
         if packing is not None:
             out_PHD = attention(qkv_BN3HD, causal=causal, cu_seqlens=packing.cu_seqlens, max_seqlen=packing.max_seqlen)
@@ -221,7 +215,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the last axis."""
-        return self.fc2(activate(self.fc1(x), self.activation))
+        fc1 = self.fc1
+        if untouched(fc1, Linear) and uses_fused(x, self.activation, width=fc1.out_features):
+            return self.fc2(bias_activation(F.linear(x, fc1.weight), fc1.bias, self.activation))
+        return self.fc2(activate(fc1(x), self.activation))
 
 
 class Block(nn.Module):
@@ -267,8 +264,8 @@ class Block(nn.Module):
         attended = self.attn(self.norm1(x_BND), causal=causal, keep_BN=keep_BN, token=token, packing=packing)
         if token is not None:
             x_BND, packing = take_token(x_BND, token, packing), None
-        x_BND = x_BND + self.branch1(attended, packing)
-        return x_BND + self.branch2(self.mlp(self.norm2(x_BND)), packing)
+        x_BND, normed_BND = add_and_norm(x_BND, self.branch1(attended, packing), self.norm2)
+        return x_BND + self.branch2(self.mlp(normed_BND), packing)
 
 
 class Transformer(nn.Module):
@@ -322,8 +319,9 @@ class Transformer(nn.Module):
             x_BND: tokens, or x_PD with ``packing``.
             causal: attend to earlier tokens only.
             keep_BN: True for tokens that may be attended to; of packed tokens all may.
-            token: position in the padded batch of the one token of each row that is wanted, one for all rows or one
-                each. The last block then computes no other, which saves three quarters of it, and x_B1D is returned.
+            token: position of the one token of each row that is wanted, one for all rows or one each; with ``packing``
+                its place among the packed tokens, for each row. The last block then computes no other, which saves
+                three quarters of it, and x_B1D is returned.
             packing: where the tokens lie that are computed at all.
         """
         last = len(self.blocks) - 1
@@ -336,36 +334,13 @@ class Transformer(nn.Module):
         return take_token(x_BND, token, packing) if last < 0 and token is not None else x_BND
 
 
-class AttentionPool(nn.Module):
-    """Multi-head attention pooling with one learnt query, then a residual MLP: SigLIP's MAP head (arXiv:2303.15343)."""
-
-    def __init__(self, width: int, heads: int, mlp_ratio: float, activation: Activation, *, norm_eps: float) -> None:
-        super().__init__()
-        std = width**-0.5
-        self.heads = heads
-        self.query = normal_parameter(width, std=std)
-        self.q = Linear(width, width, std=std)
-        self.kv = Linear(width, 2 * width, std=std)
-        self.proj = Linear(width, width, std=std)
-        self.norm = LayerNorm(width, eps=norm_eps)
-        self.mlp = MLP(width, int(width * mlp_ratio), activation, in_std=(2 * width) ** -0.5, out_std=std)
-
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """Pool x_BND to x_BD."""
-        q_1HD = self.q(self.query).unflatten(-1, (1, self.heads, -1))
-        k_BNHD, v_BNHD = self.kv(x_BND).unflatten(-1, (2, self.heads, -1)).unbind(2)
-        q_BMHD = q_1HD.expand(x_BND.shape[0], -1, -1, -1)
-        x_BD = self.proj(cross_attention(q_BMHD, k_BNHD, v_BNHD).flatten(1))
-        return x_BD + self.mlp(self.norm(x_BD))
-
-
 def take_token(x_BN: Tensor, token: Tensor | int, packing: Packing | None = None) -> Tensor:
     """Pick one token of each row along axis 1, keeping the axis: [B, N, ...] -> [B, 1, ...].
 
-    With ``packing`` the tokens are packed, [P, ...]; ``token`` counts in the padded batch, and so are rows ordered.
+    With ``packing`` the tokens are packed, [P, ...], and ``token`` says for each row where among them its token lies.
     """
     if packing is not None:
-        return x_BN.index_select(0, packing.places(token)).unsqueeze(1)
+        return x_BN[token].unsqueeze(1)
     if isinstance(token, Tensor):
         return x_BN[torch.arange(x_BN.shape[0], device=x_BN.device), token].unsqueeze(1)
     return x_BN.narrow(1, token, 1)

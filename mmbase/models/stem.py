@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmbase.models.layers import LayerNorm, draw_normal, normal_parameter
+from mmbase.models.initialised import draw_normal, normal_parameter
+from mmbase.models.layers import LayerNorm
 
 
 class PatchEmbed(nn.Module):
@@ -29,12 +30,16 @@ class PatchEmbed(nn.Module):
 
         Pixels beyond the last whole patch are left out.
         """
-        (ph, pw), (height, width) = self.patch_hw, image_BCHW.shape[-2:]
-        rows, columns = height // ph, width // pw
-        cropped_BCHW = image_BCHW[:, :, : rows * ph, : columns * pw]
+        (ph, pw), cropped_BCHW = self.patch_hw, self.crop(image_BCHW)
+        rows, columns = cropped_BCHW.shape[2] // ph, cropped_BCHW.shape[3] // pw
         patches = cropped_BCHW.unflatten(3, (columns, pw)).unflatten(2, (rows, ph))  # B C rows ph columns pw
         patches_BNP = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         return F.linear(patches_BNP, self.weight.flatten(1), self.bias), (rows, columns)
+
+    def crop(self, image: Tensor) -> Tensor:
+        """The pixels that tokens depend on: whole patches of image_BCHW or image_CHW."""
+        (ph, pw), (height, width) = self.patch_hw, image.shape[-2:]
+        return image[..., : height // ph * ph, : width // pw * pw]
 
 
 class Conv2d(nn.Conv2d):
@@ -79,6 +84,10 @@ class ConvStem(nn.Module):
         """Embed image_BCHW as tokens_BND in row-major order, and rows and columns of their grid."""
         x_BDHW = self.project(self.norm(self.stages(image_BCHW)))
         return x_BDHW.flatten(2).transpose(1, 2), (x_BDHW.shape[2], x_BDHW.shape[3])
+
+    def crop(self, image: Tensor) -> Tensor:
+        """The pixels that tokens depend on: all of them."""
+        return image
 
 
 class ConvBlock(nn.Module):

@@ -1,23 +1,49 @@
 """The text tower: a transformer over token ids, causal as in CLIP or bidirectional as in SigLIP.
 
 Captions are far shorter than the context, so tokens that no feature depends on are left out before the blocks wherever
-that changes no feature: see `TextTransformer._skips_padding`.
+that changes no feature: see `TextTransformer.pack`.
 
 Shapes: B batch, T tokens, P packed tokens, D width, E embedding width.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import register_dataclass
 
 from mmbase.errors import MmbaseError
 from mmbase.models.config import TextConfig
-from mmbase.models.layers import Embedding, LayerNorm, Linear, Transformer, normal_parameter
-from mmbase.models.packing import Packing
+from mmbase.models.initialised import Embedding, Linear, normal_parameter
+from mmbase.models.layers import LayerNorm, Transformer, project_token, unit_length
+from mmbase.models.packing import Packed, Packing
 
-__all__ = ["TextConfig", "TextTransformer"]
+__all__ = ["PackedText", "TextConfig", "TextTransformer"]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedText(Packed):
+    """Texts of a batch end to end, without the tokens that no feature depends on: made by `TextTransformer.pack`.
+
+    Towers take it in place of ids; it moves to a device as they do (``to``, ``pin_memory``).
+    """
+
+    text_P: Tensor
+    """Ids of the tokens that are left."""
+    packing: Packing
+    """Where they come from."""
+    token_B: Tensor | None
+    """Where the token that is pooled lies among them, for each text; None where all are pooled."""
+
+    def __len__(self) -> int:
+        """Number of texts."""
+        return self.packing.rows
+
+
+register_dataclass(PackedText, serialized_type_name="mmbase.models.text.PackedText")
 
 
 class TextTransformer(nn.Module):
@@ -48,46 +74,87 @@ class TextTransformer(nn.Module):
             Linear(width, embed_dim, bias=config.projection_bias, std=std) if config.projection else nn.Identity()
         )
 
-    def forward(self, text_BT: Tensor) -> Tensor:
-        """Token ids, at most context_length of them, to features_BE, not normalised.
+    def forward(self, text: Tensor | PackedText, *, normalize: bool = False) -> Tensor:
+        """Token ids, at most context_length of them, to features_BE.
 
         Fewer than context_length tokens take the first positions. With a causal tower and eot or eos pooling that
-        changes nothing: what follows the end token is never looked at (see `trim`).
+        changes nothing: what follows the end token is never looked at.
+
+        Args:
+            text: ids_BT, or what `pack` makes of them, which has the same features and gradients with less work. Ids on
+                a CPU are packed here where that can be; elsewhere padding is computed too.
+            normalize: features of unit length, in float32.
 
         Raises:
             MmbaseError: texts longer than context_length.
         """
+        if isinstance(text, PackedText):
+            return self._encode_packed(text, normalize)
+        length = self._checked_length(text)
+        token, keep_BT = self._pooled_token(text), self._keep(text)
+        if _packable(text) and (packed := self._pack(text, token, keep_BT)) is not None:
+            return self._encode_packed(packed, normalize)
+        x_BTD = self.dropout(self.token_embedding(text) + self.positional_embedding[:length])
+        x_BTD = self.transformer(x_BTD, causal=self.config.causal, keep_BN=keep_BT, token=token)
+        if token is not None:
+            return project_token(x_BTD, self.norm, self.proj, normalize=normalize)
+        weight_BT1 = (text != self.config.pad_id).to(x_BTD.dtype)[:, :, None]
+        features_BE = self.proj((self.norm(x_BTD) * weight_BT1).sum(1) / weight_BT1.sum(1).clamp(min=1))
+        return unit_length(features_BE) if normalize else features_BE
+
+    def _encode_packed(self, text: PackedText, normalize: bool) -> Tensor:
+        """The features_BE, computed from the packed tokens alone."""
+        packing = text.packing
+        x_PD = self.token_embedding(text.text_P) + F.embedding(packing.position_P, self.positional_embedding)
+        x_PD = self.transformer(self.dropout(x_PD), causal=self.config.causal, token=text.token_B, packing=packing)
+        if text.token_B is not None:
+            return project_token(x_PD, self.norm, self.proj, normalize=normalize)
+        features_BE = self.proj(packing.means(self.norm(x_PD), text.text_P != self.config.pad_id))
+        return unit_length(features_BE) if normalize else features_BE
+
+    def pack(self, text_BT: Tensor) -> Tensor | PackedText:
+        """Leave out every token that no feature depends on; features and gradients stay the same to rounding.
+
+        Only a causal tower, or one that masks padding, has such tokens; for others, and where there is none to leave
+        out, the ids are returned as they are. Looks at the ids, so call it where they lie on the CPU, before they are
+        copied to a GPU and outside of compiled code::
+
+            text = model.text.pack(ids).to("cuda", non_blocking=True)  # the tower then waits for nothing
+            features = model.encode_text(text)
+
+        A graph compiled for one packed batch serves others too: their sizes are dynamic.
+
+        Raises:
+            MmbaseError: texts longer than context_length.
+        """
+        self._checked_length(text_BT)
+        packed = self._pack(text_BT, self._pooled_token(text_BT), self._keep(text_BT))
+        return text_BT if packed is None else packed
+
+    def _pack(self, text_BT: Tensor, token: Tensor | int | None, keep_BT: Tensor | None) -> PackedText | None:
+        """The tokens that features depend on; None where these are all."""
+        if not self._skips_padding:
+            return None
+        needed_BT = self._needed(text_BT, token, keep_BT)
+        if needed_BT.all():
+            return None
+        packing = Packing.of(needed_BT)
+        token_B = None
+        if token is not None:
+            column_B1 = token[:, None] if isinstance(token, Tensor) else torch.full_like(text_BT[:, :1], token)
+            token_B = packing.start_B + needed_BT.cumsum(1).gather(1, column_B1)[:, 0] - 1
+        return PackedText(text_BT[packing.row_P, packing.position_P], packing, token_B)
+
+    def _checked_length(self, text_BT: Tensor) -> int:
         length, limit = text_BT.shape[1], self.config.context_length
         if length > limit:
             raise MmbaseError(f"texts have {length} tokens but the model's context_length is {limit}; cut them to that")
-        token, keep_BT = self._pooled_token(text_BT), self._keep(text_BT)
-        if self._skips_padding and _packable(text_BT):
-            needed_BT = self._needed(text_BT, token, keep_BT)
-            if not needed_BT.all():
-                return self.proj(self._pool_packed(text_BT, token, Packing.of(needed_BT)))
-        x_BTD = self.dropout(self.token_embedding(text_BT) + self.positional_embedding[:length])
-        x_BTD = self.norm(self.transformer(x_BTD, causal=self.config.causal, keep_BN=keep_BT, token=token))
-        if token is not None:
-            return self.proj(x_BTD[:, 0])
-        weight_BT1 = (text_BT != self.config.pad_id).to(x_BTD.dtype)[:, :, None]
-        return self.proj((x_BTD * weight_BT1).sum(1) / weight_BT1.sum(1).clamp(min=1))
-
-    def _pool_packed(self, text_BT: Tensor, token: Tensor | int | None, packing: Packing) -> Tensor:
-        """The pooled features_BD, computed from the packed tokens alone."""
-        text_P = text_BT[packing.row_P, packing.position_P]
-        x_PD = self.token_embedding(text_P) + F.embedding(packing.position_P, self.positional_embedding)
-        x_PD = self.transformer(self.dropout(x_PD), causal=self.config.causal, token=token, packing=packing)
-        x_PD = self.norm(x_PD)
-        if token is not None:
-            return x_PD[:, 0]
-        weight_P1 = (text_P != self.config.pad_id).to(x_PD.dtype)[:, None]
-        return (packing.sums(x_PD * weight_P1) / packing.sums(weight_P1).clamp(min=1)).to(x_PD.dtype)
+        return length
 
     def trim(self, text_BT: Tensor) -> Tensor:
-        """Drop the trailing columns that no feature depends on; features stay the same.
+        """Drop the trailing columns that no feature depends on; features stay the same. `pack` leaves out more.
 
-        Only a causal tower, or one that masks padding, has such columns. Looks at the ids, so call it where they lie on
-        the CPU, before the model and outside of compiled code.
+        As for `pack`, call it where the ids lie on the CPU, before the model and outside of compiled code.
         """
         if not self._skips_padding:
             return text_BT
@@ -142,10 +209,11 @@ class TextTransformer(nn.Module):
 
 
 def _packable(text_BT: Tensor) -> bool:
-    """Whether tokens can be left out here: it makes sizes depend on ids, so they have to be at hand, on the CPU.
+    """Whether ids can be packed here: it makes sizes depend on them, so they have to be at hand, on the CPU.
 
-    Elsewhere the padded path runs, to the same features: under torch.compile, torch.export and tracing, for which sizes
-    must not depend on data; with meta and fake tensors, which have no data; and on a GPU, which would be waited for.
+    Elsewhere the padded path runs to the same features, unless the caller has packed them: under torch.compile,
+    torch.export and tracing, for which sizes must not depend on data; with meta and fake tensors, which have no data;
+    and on a GPU, which would be waited for.
     """
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return not traced and type(text_BT) is Tensor and text_BT.device.type == "cpu"

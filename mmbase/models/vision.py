@@ -1,15 +1,22 @@
 """The image tower: a Vision Transformer with a patch or a convolutional stem.
 
-Shapes: B batch, C channels, H/W pixels, N tokens, K kept tokens, D width, E embedding width.
+Shapes: B batch, C channels, H/W pixels, N tokens, K kept tokens, P packed tokens of images of several sizes, D width, E
+embedding width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from mmbase.errors import MmbaseError
+from mmbase.models.attention_pool import AttentionPool
 from mmbase.models.config import VisionConfig
-from mmbase.models.layers import AttentionPool, LayerNorm, Linear, PatchDropout, Transformer, normal_parameter
+from mmbase.models.initialised import Linear, normal_parameter
+from mmbase.models.layers import LayerNorm, PatchDropout, Transformer, project_token, unit_length
+from mmbase.models.packing import Packing
 from mmbase.models.positions import resize_grid, sincos_2d
 from mmbase.models.stem import ConvStem, PatchEmbed
 
@@ -58,15 +65,29 @@ class VisionTransformer(nn.Module):
             Linear(width, embed_dim, bias=config.projection_bias, std=std) if config.projection else nn.Identity()
         )
 
-    def forward(self, image_BCHW: Tensor) -> Tensor:
-        """Normalised pixels to features_BE, not normalised.
+    def forward(self, images: Tensor | Sequence[Tensor], *, normalize: bool = False) -> Tensor:
+        """Normalised pixels to features_BE.
 
         Another size than the config's is taken as it is: the position embedding is resampled to its patch grid.
+
+        Args:
+            images: image_BCHW of one size, or images_CHW of any sizes, a list. Their patches are packed into one
+                sequence, in which each image attends to itself alone (NaViT, arXiv:2307.06304): nothing is resized,
+                cropped or padded, and features and gradients are those of the images one by one, to rounding. Only a
+                stem with batch normalisation, in training, takes its statistics over the images of one size.
+            normalize: features of unit length, in float32.
+
+        Raises:
+            MmbaseError: no images; one that is not [3, H, W], is smaller than a patch, or lies on another device.
         """
-        x_BND = self.norm_pre(self.embed(image_BCHW))
+        x, packing = (self.embed(images), None) if isinstance(images, Tensor) else self.embed_packed(images)
+        x = self.norm_pre(x)
         if self.config.pool == "class":
-            return self.proj(self.norm(self.transformer(x_BND, token=0)[:, 0]))
-        return self.proj(self._pool(self.transformer(x_BND)))
+            token = 0 if packing is None else packing.start_B
+            x_B1D = self.transformer(x, token=token, packing=packing)
+            return project_token(x_B1D, self.norm, self.proj, normalize=normalize)
+        features_BE = self.proj(self._pool(self.transformer(x, packing=packing), packing))
+        return unit_length(features_BE) if normalize else features_BE
 
     def embed(self, image_BCHW: Tensor) -> Tensor:
         """Stem, position embedding, patch dropout, class token: x_BND, the class token first."""
@@ -78,12 +99,48 @@ class VisionTransformer(nn.Module):
         class_D = self.class_embedding.to(x_BND.dtype) + positions_ND[0]
         return self.dropout(torch.cat([class_D.expand(x_BKD.shape[0], 1, -1), x_BKD], dim=1))
 
-    def _pool(self, x_BND: Tensor) -> Tensor:
+    def embed_packed(self, images: Sequence[Tensor]) -> tuple[Tensor, Packing]:
+        """`embed` of images_CHW of several sizes: x_PD, image after image, and where they lie.
+
+        Images of one size are embedded together. Patch dropout shortens each image's part. In a compiled graph the
+        sizes are constants: where they change from batch to batch, compile ``transformer`` rather than the whole tower.
+        """
+        self._check_images(images)
+        groups: dict[torch.Size, list[int]] = {}
+        cropped = [self.stem.crop(image_CHW) for image_CHW in images]
+        for row, image_CHW in enumerate(cropped):
+            groups.setdefault(image_CHW.shape, []).append(row)
+        parts = [(rows, self.embed(torch.stack([cropped[row] for row in rows]))) for rows in groups.values()]
+        parts.sort(key=lambda part: part[1].shape[1])
+        order = [row for rows, _ in parts for row in rows]
+        lengths = [x_BKD.shape[1] for rows, x_BKD in parts for _ in rows]
+        x_PD = torch.cat([x_BKD.flatten(0, 1) for _, x_BKD in parts])
+        return x_PD, Packing.end_to_end(order, lengths, x_PD.device)
+
+    def _check_images(self, images: Sequence[Tensor]) -> None:
+        if not len(images):
+            raise MmbaseError("no images given; pass at least one")
+        for place, image in enumerate(images):
+            if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != 3:
+                got = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
+                raise MmbaseError(f"image {place} must be a tensor [3, H, W], not {got}; normalise it to one")
+            if 0 in self.config.grid_of(image.shape[1], image.shape[2]):
+                size, patch = (" x ".join(map(str, hw)) for hw in (image.shape[1:], self.config.patch_hw))
+                raise MmbaseError(f"image {place} has {size} pixels, less than one patch of {patch}; enlarge it")
+            if image.device != images[0].device or image.dtype != images[0].dtype:
+                raise MmbaseError(
+                    f"image {place} is {image.dtype} on {image.device}, image 0 {images[0].dtype} on "
+                    f"{images[0].device}; convert one of them"
+                )
+
+    def _pool(self, x_BND: Tensor, packing: Packing | None) -> Tensor:
         """Final norm and pooling over the patches (average), or over all tokens (attention)."""
         if not self.config.norm_after_pool:
             x_BND = self.norm(x_BND)
         if self.attention_pool is not None:
-            x_BD = self.attention_pool(x_BND)
+            x_BD = self.attention_pool(x_BND, packing)
+        elif packing is not None:
+            x_BD = packing.means(x_BND, packing.position_P >= int(self.config.class_token))
         else:
             x_BD = x_BND[:, 1 if self.config.class_token else 0 :].mean(dim=1)
         return self.norm(x_BD) if self.config.norm_after_pool else x_BD

@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
-from mmbase_kernels import attention_choice
 from mmbase_kernels import attention_sdpa as sdpa
+from mmbase_kernels import choice
 from mmbase_kernels.attention import attention
 
 from .sequences import (
@@ -124,6 +124,15 @@ def test_exports_with_any_boundaries(impl):
         torch.testing.assert_close(got, Layer()(qkv, boundaries(other)))
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_gradient_lies_as_the_projection_wants_it(causal):
+    """Packed and contiguous: otherwise the projection's backward copies it once more."""
+    qkv = torch.randn(2, 7, 3, 2, 32, requires_grad=True)
+    out = attention(qkv, causal=causal)
+    (gradient,) = torch.autograd.grad(out, qkv, torch.randn_like(out))
+    assert gradient.is_contiguous()
+
+
 def test_twice_is_equal_to_the_bit():
     qkv, grad = qkv_and_gradient((60,), 2, 16, torch.float32)
     options = {"cu_seqlens": boundaries([13, 7, 13, 27]), "causal": True}
@@ -131,24 +140,25 @@ def test_twice_is_equal_to_the_bit():
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-def test_auto_takes_triton_only_where_it_was_measured_to_win(monkeypatch):
-    device, bf16 = torch.device("cuda"), torch.bfloat16
-    shape = {"causal": False, "varlen": False}
-    monkeypatch.setattr(attention_choice, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(attention_choice, "WINS", ())
-    assert not attention_choice.triton_wins(device, bf16, 64, 197, **shape)
-    win = attention_choice.Win("sm_90", bf16, 64, False, False, 50, 197, "a-result.csv")
-    monkeypatch.setattr(attention_choice, "WINS", (win,))
-    assert [n for n in (49, 50, 197, 198) if attention_choice.triton_wins(device, bf16, 64, n, **shape)] == [50, 197]
-    for other in ({"causal": True}, {"varlen": True}):
-        assert not attention_choice.triton_wins(device, bf16, 64, 100, **shape | other)
-    assert not attention_choice.triton_wins(device, torch.float16, 64, 100, **shape)
-    assert not attention_choice.triton_wins(device, bf16, 72, 100, **shape)
+def test_auto_asks_the_table_for_what_the_kernels_take(monkeypatch):
+    asked = []
+    monkeypatch.delenv(choice.ENVIRONMENT, raising=False)
+    monkeypatch.setattr("mmbase_kernels.dispatch.hindrance", lambda device: "")
+    monkeypatch.setattr("mmbase_kernels.dispatch.measured_faster", lambda *a, **k: asked.append(k) or True)
 
+    class Projection:
+        device, dtype = torch.device("cuda"), torch.bfloat16
 
-def test_every_row_of_the_table_names_a_result_that_exists():
-    for win in attention_choice.WINS:
-        assert win.result.endswith((".csv", ".json")) and win.shortest <= win.longest
+        def __init__(self, width):
+            self.shape = (2, 5, 3, 4, width)
+
+    def chosen(width=64, length=50, causal=False, varlen=False):
+        return attention_module._choose("auto", Projection(width), length, causal, varlen)
+
+    assert [chosen(), chosen(causal=True), chosen(varlen=True), chosen(80, 9, True, True)] == ["triton"] * 4
+    assert [one["case"] for one in asked] == ["", "causal", "varlen", "causal varlen"]
+    assert asked[3] == {"width": 80, "size": 9, "case": "causal varlen"}
+    assert [chosen(20), chosen(136), chosen(length=1025)] == ["sdpa"] * 3 and len(asked) == 4
 
 
 QKV = torch.zeros(10, 3, 2, 16)

@@ -15,7 +15,17 @@ pytest.importorskip("triton", reason="Triton exists for Linux only")
 FOLDER = Path(__file__).parent / "interpreted"
 
 
-@pytest.mark.parametrize("name", ["check_softmax.py", "check_sigmoid.py", "check_attention.py"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "check_softmax.py",
+        "check_sigmoid.py",
+        "check_attention.py",
+        "check_activation.py",
+        "check_head.py",
+        "check_layer_norm.py",
+    ],
+)
 def test_kernels_in_the_interpreter(name):
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", str(FOLDER / name)]

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from mmbase.errors import MmbaseError
+from mmbase.models.attention_pool import AttentionPool
 from mmbase.models.clip import CLIP, CLIPConfig
 from mmbase.models.config import TextConfig, VisionConfig
-from mmbase.models.layers import AttentionPool, Block, DropPath, PatchDropout, Transformer, attention
+from mmbase.models.layers import Block, DropPath, PatchDropout, Transformer, attention
 
 from .shrunk import randomise, relative
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
+from mmbase.errors import MmbaseError
 from mmbase.models import text as text_tower
 from mmbase.models.config import TextConfig
 from mmbase.models.layers import attention
 from mmbase.models.openclip import from_openclip, openclip_table
 from mmbase.models.packing import Packing
-from mmbase.models.text import TextTransformer
+from mmbase.models.text import PackedText, TextTransformer
 
 from .shrunk import build_openclip, our_config, randomise, relative, shrunk_config
 
@@ -271,6 +273,96 @@ def test_packing_orders_by_length_and_finds_tokens_again() -> None:
     assert packing.position_P.tolist() == [0, 0, 0, 2, 0, 1, 2]
     assert packing.cu_seqlens.tolist() == [0, 1, 2, 4, 7] and packing.cu_seqlens.dtype == torch.int32
     assert packing.max_seqlen == 3 and packing.rows == 4
-    assert packing.places(torch.tensor([2, 0, 2, 0])).tolist() == [6, 0, 3, 1]
-    assert packing.places(0).tolist() == [4, 0, 2, 1]
-    assert packing.sums(torch.arange(7.0)[:, None]).flatten().tolist() == [15, 0, 5, 1]
+    assert packing.start_B.tolist() == [4, 0, 2, 1]
+    x_PD = torch.tensor([[0.0, 6], [1, 5], [2, 4], [3, 3], [4, 2], [5, 1], [6, 0]])
+    assert packing.sums(x_PD).tolist() == [[15, 3], [0, 6], [5, 7], [1, 5]]
+    assert packing.maxima(x_PD).tolist() == [[6, 2], [0, 6], [3, 4], [1, 5]]
+    counts = torch.tensor([True, False, True, False, True, True, False])
+    assert packing.means(x_PD, counts).tolist() == [[4.5, 1.5], [0, 6], [2, 4], [0, 0]]
+
+
+def test_packing_of_known_lengths_is_the_same() -> None:
+    lengths = [3, 1, 2, 1, 3]
+    packing = Packing.end_to_end([1, 3, 2, 0, 4], [1, 1, 2, 3, 3], torch.device("cpu"))
+    expected = Packing.of(torch.arange(3) < torch.tensor(lengths)[:, None])
+    for field in dataclasses.fields(Packing):
+        value, want = getattr(packing, field.name), getattr(expected, field.name)
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(want)), field.name
+        assert not isinstance(want, Tensor) or value.dtype == want.dtype
+
+
+def test_packed_texts_move_as_tensors_do() -> None:
+    packed = tower_of().pack(captions())
+    moved = packed.to("meta", non_blocking=True)
+    assert type(moved) is PackedText and len(moved) == len(packed) == 10
+    parts = torch.utils._pytree.tree_leaves(moved)
+    assert [part.device.type for part in parts if isinstance(part, Tensor)] == ["meta"] * 6
+    assert moved.packing.max_seqlen == packed.packing.max_seqlen == CONTEXT
+    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+               for a, b in zip(*map(torch.utils._pytree.tree_leaves, (packed, packed.to("cpu")))))  # fmt: skip
+
+
+@pytest.mark.parametrize("options", PACKED)
+def test_texts_packed_beforehand_have_the_features_of_ids(options) -> None:
+    """On a CPU, where ids are packed in the tower, to the bit; a tower that must not wait for its device reads none."""
+    tower, ids = tower_of(**options), captions(options.get("pad_id", 0))
+    packed = tower.pack(ids)
+    assert isinstance(packed, PackedText)
+    assert torch.equal(tower(packed), tower(ids))
+    trimmed = tower.pack(tower.trim(ids))
+    assert torch.equal(tower(trimmed), tower(ids))
+    everything = tower.to("meta")(packed.to("meta"))  # raises where a value is read
+    assert everything.shape == (10, 16)
+
+
+@pytest.mark.parametrize("options", UNPACKED)
+def test_towers_that_see_their_padding_are_given_ids(options) -> None:
+    tower, ids = tower_of(**options), captions()
+    assert tower.pack(ids) is ids
+
+
+def test_texts_without_padding_are_left_alone_and_long_ones_refused() -> None:
+    tower, ids = tower_of(), captions()
+    assert tower.pack(ids[1:2]) is not ids and isinstance(tower.pack(ids[1:2]), Tensor)
+    assert tower.pack(ids[:0]).shape == (0, CONTEXT)
+    with pytest.raises(MmbaseError, match="texts have 13 tokens but the model's context_length is 12; cut them"):
+        tower.pack(torch.ones(2, 13, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("options", [{"pool": "eot"}, {"pool": "mean"}, PADDED | {"pool": "mean"}])
+@pytest.mark.parametrize("marked", [False, True])
+def test_one_compiled_graph_serves_packed_texts_of_all_sizes(options, marked) -> None:
+    """Forward and backward; marked: every size and number is dynamic from the first call, none is specialised."""
+    tower, ids = tower_of(**options), captions()
+    torch._dynamo.reset()
+    compiled_graphs = []
+
+    def backend(graph, inputs):
+        compiled_graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(tower, fullgraph=True, backend=backend, dynamic=True if marked else None)
+    for rows in ([0, 1, 2, 3], [4, 2, 3, 5, 7], [9, 8, 7, 6, 5, 3], list(range(10))):
+        packed = tower.pack(ids[rows])
+        if marked:
+            text, packing = packed.text_P, packed.packing
+            for tensor in (text, packing.row_P, packing.position_P, packing.start_B, packing.cu_seqlens):
+                torch._dynamo.mark_dynamic(tensor, 0)
+        found = []
+        for run in (compiled, tower):
+            tower.zero_grad()
+            features = run(packed)
+            features.square().sum().backward()
+            found.append([features.detach(), *(p.grad.clone() for p in tower.parameters() if p.grad is not None)])
+        assert all(relative(ours, theirs) <= 2e-6 for ours, theirs in zip(*found) if theirs.norm() > 1e-6)
+    assert len(compiled_graphs) <= (1 if marked else 2)
+
+
+def test_exported_with_packed_texts_of_any_size() -> None:
+    tower, ids = tower_of().eval(), captions()
+    first, second = tower.pack(ids[:7]), tower.pack(ids[3:])
+    any_size = {0: torch.export.Dim.AUTO}
+    any_packing = [any_size, any_size, any_size, any_size, torch.export.Dim.DYNAMIC]
+    program = torch.export.export(tower, (first,), dynamic_shapes=([any_size, any_packing, any_size],)).module()
+    for packed in (first, second):
+        assert relative(program(packed), tower(packed)) <= 2e-6
