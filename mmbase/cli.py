@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mmbase import cli_data
+from mmbase import cli_data, cli_training
 from mmbase.errors import MmbaseError, nearest
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 
 app.add_typer(cli_data.app)
+cli_training.add_to(app)
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="A run's folder, an OpenCLIP name, hf-hub:org/name, a folder or a file.")

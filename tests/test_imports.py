@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = {"mmbase": ROOT / "mmbase", "mmbase_kernels": ROOT / "kernels/mmbase_kernels"}
 
-SHARED = {"mmbase.errors", "mmbase.files"}
+SHARED = {"mmbase.errors", "mmbase.files", "mmbase.keyed"}
 ALLOWED = {
     "mmbase_kernels": {"mmbase_kernels"},
     "mmbase.data": {"mmbase.data"},
@@ -26,18 +26,50 @@ ALLOWED = {
     },
     "mmbase.evaluation": {"mmbase.evaluation", "mmbase.models", "mmbase.losses", "mmbase.data"},
 }
-LAZY = {"torchvision", "timm", "transformers", "open_clip", "matplotlib", "webdataset"}
+LAZY = {
+    "torchvision",
+    "timm",
+    "transformers",
+    "open_clip",
+    "matplotlib",
+    "webdataset",
+    "pyarrow",
+    "datasets",
+    "tensorboard",
+    "wandb",
+}
 TORCH_FREE = [
     "mmbase",
     "mmbase.cli",
     "mmbase.config",
+    "mmbase.cli_data",
+    "mmbase.cli_training",
     "mmbase.data.config",
+    "mmbase.data.datasheet",
+    "mmbase.data.filters",
     "mmbase.data.image",
+    "mmbase.data.pack",
+    "mmbase.data.shards",
     "mmbase.data.tokenizer",
     "mmbase.evaluation.templates",
     "mmbase.models.config",
     "mmbase.models.zoo",
+    "mmbase.plan",
+    "mmbase.provenance",
+    "mmbase.training.checkpoint_config",
+    "mmbase.training.checkpoint_store",
+    "mmbase.training.checkpoint_upload",
     "mmbase.training.config",
+    "mmbase.training.curriculum",
+    "mmbase.training.curriculum_config",
+    "mmbase.training.flops",
+    "mmbase.training.guard_config",
+    "mmbase.training.measured",
+    "mmbase.training.parallel_config",
+    "mmbase.training.schedule",
+    "mmbase.training.tracking_config",
+    "mmbase.training.units",
+    "mmbase.training.watch",
 ]
 
 

@@ -2,16 +2,19 @@
 
 Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". torch has a Muon of its own for
 matrices; this one also takes convolution kernels (as matrices ``[out, in·height·width]``), where a small model with a
-convolutional stem has most of its weights.
+convolutional stem has most of its weights, and weights that are sharded or held alike by several ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from mmbase.training.matrices import Matrices, OwnMatrices, ShardedMatrices, SharedMatrices, local, shard_group
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)  # coefficients of the paper: fast to within ±30 % of 1, which suffices
 _STEPS = 5
@@ -29,15 +32,32 @@ def orthogonalise(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.T if tall else x).float()
 
 
+class _Job(NamedTuple):
+    """A weight to be updated."""
+
+    parameter: nn.Parameter
+    gradient: Tensor
+    group: dict[str, Any]
+
+
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised, with decoupled weight decay.
+
+    Weights that FSDP2 sharded (DTensor) and those that ranks hold alike are taken in turns: each rank orthogonalises
+    one whole matrix of every turn for all, so that the work is divided by the number of ranks, and all ranks take over
+    the same bits. All ranks step together.
 
     Args:
         params: weights of two or more dimensions.
         lr: size of an update; the root mean square of a square matrix's update is ``lr / sqrt(rows)``.
         momentum: of the running mean of gradients.
         weight_decay: decoupled, as in AdamW.
-        dtype: of the Newton-Schulz products; bfloat16 where the hardware multiplies it.
+        dtype: of the Newton-Schulz products and of what ranks exchange; bfloat16 where the hardware multiplies it.
+        alike: ranks that hold plain weights and gradients alike (DistributedDataParallel); None: this process does all.
+
+    Attributes:
+        found_inf: None, or a scalar on the device set before :meth:`step`: where it is above 0, weights and momentum
+            stay as they are, whatever the gradients hold. Named as torch's fused optimisers name it.
 
     Raises:
         ValueError: a parameter with fewer than two dimensions.
@@ -45,36 +65,65 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[nn.Parameter],
+        params: Iterable[Any],
         lr: float = 0.02,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         dtype: torch.dtype = torch.bfloat16,
+        alike: dist.ProcessGroup | None = None,
     ) -> None:
-        params = list(params)
-        for parameter in params:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
             if parameter.ndim < 2:
                 raise ValueError(
                     f"Muon takes matrices and convolutions, not a parameter of shape {list(parameter.shape)}"
                 )
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.dtype = dtype
+        self.dtype, self.alike = dtype, alike
+        self.found_inf: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyrefly: ignore[bad-override]
         """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
+        jobs = [
+            _Job(parameter, parameter.grad, group)
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        # Like sizes side by side: the ranks then have equal work in every turn.
+        jobs.sort(key=lambda job: -job.parameter.numel())
+        by_group: dict[dist.ProcessGroup | None, list[_Job]] = {}
+        for job in jobs:
+            by_group.setdefault(shard_group(job.parameter), []).append(job)
+        for group, members in by_group.items():
+            matrices: Matrices = OwnMatrices()
+            if group is not None:
+                matrices = ShardedMatrices(group)
+            elif self.alike is not None:
+                matrices = SharedMatrices(self.alike)
+            for first in range(0, len(members), matrices.turn):
+                self._turn(members[first : first + matrices.turn], matrices)
 
-    def _update(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
+    def _turn(self, jobs: list[_Job], matrices: Matrices) -> None:
+        """Update the weights of one turn."""
+        ahead = [self._ahead(job).to(self.dtype) for job in jobs]
+        shapes = [job.parameter.flatten(1).shape for job in jobs]
+        updates = matrices.mapped(lambda matrix: orthogonalise(matrix, self.dtype), ahead, shapes)
+        for job, update, (rows, columns) in zip(jobs, updates, shapes):
+            parameter, rate = local(job.parameter), job.group["lr"]
+            decayed = parameter * (1 - rate * job.group["weight_decay"])
+            moved = decayed.add_(update.view(parameter.shape), alpha=-rate * max(1.0, rows / columns) ** 0.5)
+            parameter.copy_(self._unless_skipped(parameter, moved))
+
+    def _ahead(self, job: _Job) -> Tensor:
+        """Move the momentum; the local part of what is to be orthogonalised."""
+        state, share = self.state[job.parameter], job.group["momentum"]
         if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        momentum = state["momentum"].lerp_(gradient, 1 - group["momentum"])
-        ahead = gradient.lerp(momentum, group["momentum"]).flatten(1)
-        rows, columns = ahead.shape
-        update = orthogonalise(ahead, self.dtype).view(parameter.shape)
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(update, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+            state["momentum"] = torch.zeros_like(job.parameter)
+        old, gradient = local(state["momentum"]), local(job.gradient)
+        momentum = old.lerp(gradient, 1 - share)
+        old.copy_(self._unless_skipped(old, momentum))
+        return gradient.lerp(momentum, share)
+
+    def _unless_skipped(self, old: Tensor, new: Tensor) -> Tensor:
+        return new if self.found_inf is None else torch.where(self.found_inf > 0, old, new)
