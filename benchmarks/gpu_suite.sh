@@ -69,9 +69,9 @@ part() {
         if ((gpu)); then
             workers=$("$python" -c 'import xdist' 2>/dev/null && echo "-n $(($(nproc) / 2))") # it compiles, mostly
             # shellcheck disable=SC2086 # two words or none
-            "$python" -m pytest -m gpu tests/kernels tests/losses -q --maxfail=20 --durations=5 -p no:cacheprovider $workers
+            "$python" -m pytest -m gpu tests/kernels tests/losses tests/models/test_on_gpu.py tests/data/test_timing.py -q --maxfail=20 --durations=5 -p no:cacheprovider $workers
         else # nothing can run: the tests are found
-            "$python" -m pytest -m gpu tests/kernels tests/losses -q --collect-only -p no:cacheprovider
+            "$python" -m pytest -m gpu tests/kernels tests/losses tests/models/test_on_gpu.py tests/data/test_timing.py -q --collect-only -p no:cacheprovider
         fi
         ;;
     ceilings)

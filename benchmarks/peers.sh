@@ -24,7 +24,8 @@ download_wheels() {
         --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --dest "$1")
     "$python" -m pip download "${flags[@]}" pydantic
     "$python" -m pip download "${flags[@]}" --no-deps \
-        open-clip-torch==3.3.0 ftfy wcwidth braceexpand webdataset==0.2.86 siglip-kernel==0.1.2 memeff==0.3.1
+        open-clip-torch==3.3.0 ftfy wcwidth braceexpand webdataset==0.2.86 siglip-kernel==0.1.2 memeff==0.3.1 \
+        pytest-xdist execnet
     ls "$1"
 }
 

@@ -73,7 +73,8 @@ def check(
         ),
     )
     if as_json:
-        typer.echo(json.dumps(report.as_dict(), ensure_ascii=False, indent=2))
+        text = json.dumps(report.as_dict(), ensure_ascii=False, indent=2)
+        typer.echo(text.encode("utf-8", "backslashreplace"))  # half a character: as JSON escapes it
     else:
         print_report(report)
     if problems := [finding for finding in report.findings if finding.level == "problem"]:

@@ -8,6 +8,7 @@ SUBJECTS = {
     "block": "a whole transformer block against OpenCLIP's, eager and compiled, with the same weights",
     "loader": "samples per second beside OpenCLIP's own pipeline, in its own process, on the same shards of JPEGs",
     "tokenizer": "captions per second of CLIP's tokenizer beside OpenCLIP's, with equal ids",
+    "data_faults": "epochs from nginx and S3 behind a proxy that cuts, stalls and lies: the same samples or not",
     "train_step": "one training step against OpenCLIP's: same towers, batch, precision and threads",
     "towers": "each tower's forward and backward against OpenCLIP's, captions of realistic lengths",
 }

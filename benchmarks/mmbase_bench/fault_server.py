@@ -58,6 +58,7 @@ class Plan:
         in_a_row: faults for one path in a row at most, so that a client with more tries gets through.
         seconds: how long slow, stalled and trickling answers hold the connection.
         seed: the same requests in the same order fail alike.
+        only: what a path must match to be picked, a regular expression.
         gone: paths that are answered with 404.
     """
 
@@ -66,6 +67,7 @@ class Plan:
     in_a_row: int = 3
     seconds: float = 3.0
     seed: int = 0
+    only: str = ""
     gone: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -78,6 +80,8 @@ class Plan:
     def next(self, path: str) -> str | None:
         """The fault of this request."""
         with self._lock:
+            if not re.search(self.only, path):
+                return None
             if self.script:
                 return self.script.pop(0)
             if self._random.random() >= self.share or self._row[path] >= self.in_a_row:
@@ -166,7 +170,7 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: _Server
+    server: _Server  # pyrefly: ignore[bad-override-mutable-attribute]
 
     def log_message(self, format: str, *arguments: object) -> None:
         """Silent."""
@@ -209,7 +213,8 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in answer.headers.items():
             if name.lower() not in ("content-length", "date", "server"):
                 self.send_header(name, value)
-        length = answer.headers.get("Content-Length") if method == "HEAD" else None
+        told = {name.lower(): value for name, value in answer.headers.items()}
+        length = told.get("content-length") if method == "HEAD" else None
         self.send_header("Content-Length", length or str(len(body)))
         self.end_headers()
         if method == "HEAD":

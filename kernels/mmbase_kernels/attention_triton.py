@@ -50,7 +50,7 @@ class _Problem(NamedTuple):
     def arguments(self, *, always: bool) -> dict[str, Any]:
         """What all kernels take; ``always``: also where sequences are not ragged the kernel has that argument."""
         tokens, _, heads, width = self.qkv_T3HD.shape
-        boundaries = self.cu_seqlens
+        boundaries = None if self.cu_seqlens is None else dense(self.cu_seqlens)
         if boundaries is None and (self.ragged or always):
             boundaries = self.qkv_T3HD.new_empty(1, dtype=torch.int32)  # a pointer that is not followed
         return {

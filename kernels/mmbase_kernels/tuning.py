@@ -140,7 +140,7 @@ def _architecture(device: torch.device) -> str:
         return "sm_90"
     if torch.version.hip:
         return "gfx942"
-    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
+    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_properties(device).major, "sm_80")
 
 
 _cached_architecture = functools.cache(_architecture)

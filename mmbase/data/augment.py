@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmbase.data.augment_config import AugmentConfig
+from mmbase.keyed import counted, unit
 
 _WILD_HUE, _GREY = 0.15, 0.08
 _LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -24,9 +25,6 @@ _COLUMNS = 64
 
 _NOISE = 1 << 20
 """Normal numbers that pixel noise is cut from."""
-
-_STEP, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
-"""The constants of SplitMix64 as signed numbers."""
 
 
 class Augment:
@@ -168,17 +166,11 @@ class Augment:
 class _Draw:
     """Random numbers for a batch, one row per sample, in a fixed order.
 
-    They are hashes of the sample's key and a counter, worked out for the whole batch at once. SplitMix64 (Steele et
-    al., 2014) in signed arithmetic: products wrap, and a shift to the right is masked to what an unsigned one gives.
+    They are hashes of the sample's key and a counter, worked out for the whole batch at once.
     """
 
     def __init__(self, key_B: Tensor) -> None:
-        counter = torch.arange(1, _COLUMNS + 1, device=key_B.device) * _STEP
-        z = key_B[:, None] + counter
-        z = (z ^ (z >> 30 & (1 << 34) - 1)) * _FIRST
-        z = (z ^ (z >> 27 & (1 << 37) - 1)) * _SECOND
-        z = z ^ (z >> 31 & (1 << 33) - 1)
-        self.table = ((z >> 40) & (1 << 24) - 1).float() * 2.0**-24
+        self.table = unit(counted(key_B, _COLUMNS, first=1))
         self.used = 0
 
     def uniform(self, low: float, high: float, count: int | None = None) -> Tensor:

@@ -13,7 +13,8 @@ class CacheConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     folder: str | None = Field(
-        None, description="kept shards and indices, shared by all processes of a node; null: $MMBASE_CACHE, else ~/.cache"
+        None,
+        description="kept shards and indices, shared by a node's processes; null: $MMBASE_CACHE, else ~/.cache",
     )
     max_bytes: int = Field(
         64 << 30, ge=1 << 20, description="kept shards at most, in bytes; the least recently used ones give way"
@@ -32,7 +33,7 @@ class CacheConfig(BaseModel):
     revalidate: float = Field(
         86400, ge=0, description="seconds after which a kept shard's server is asked whether it has changed"
     )
-    member_bytes: int = Field(256 << 20, ge=1, description="largest member of a sample that is read; others are refused")
+    member_bytes: int = Field(256 << 20, ge=1, description="largest member that is read; others are refused")
     storage_options: dict[str, Any] = Field(
         default_factory=dict, description="handed to fsspec for s3:, gs: and the like: endpoint_url, anon, profile"
     )

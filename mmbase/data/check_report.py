@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,22 +30,25 @@ def print_report(report: CheckReport, console: Console | None = None) -> None:
     if report.bad:
         table = _table("bad samples", "reason", "samples", "share", "for example")
         for kind, count in list(report.bad.items())[:10]:
-            table.add_row(kind, f"{count:,}", f"{count / report.looked_at:.2%}", _cut(report.bad_examples[kind], 90))
+            _add(table, kind, f"{count:,}", f"{count / report.looked_at:.2%}", _cut(report.bad_examples[kind], 90))
         console.print(table)
     if report.kept_by_filters is not None and good:
         table = _table("filters", "what they do", "samples", "share")
         for why, count in [("kept", report.kept_by_filters), *report.removed_by_filters.items()]:
-            table.add_row(why, f"{count:,}", f"{count / good:.1%}")
+            _add(table, why, f"{count:,}", f"{count / good:.1%}")
         console.print(table)
     if report.sources:
         table = _table("sources", "name", "licence", "source")
         for row in report.sources[:8]:
-            table.add_row(str(row["name"]), str(row["licence"]), _cut(str(row.get("source", "")), 70))
+            _add(table, str(row["name"]), str(row["licence"]), _cut(str(row.get("source", "")), 70))
         console.print(table)
     console.print()
     for finding in report.findings:
         line = Text.assemble(
-            (f"{finding.level:<8}", _STYLES[finding.level]), "  ", (finding.subject, "bold"), f": {finding.text}"
+            (f"{finding.level:<8}", _STYLES[finding.level]),
+            "  ",
+            (finding.subject, "bold"),
+            f": {_shown(finding.text)}",
         )
         console.print(line, soft_wrap=not console.is_terminal)
 
@@ -85,15 +89,15 @@ def _print_overview(report: CheckReport, console: Console) -> None:
 
 def _print_counts(console: Console, title: str, counts: Mapping[str, int], total: int) -> None:
     shown = "  ".join(f".{name} {count / total:.1%}" for name, count in list(counts.items())[:12])
-    console.print(Text(f"{title:<11} {shown}"), soft_wrap=True)
+    console.print(Text(_shown(f"{title:<11} {shown}")), soft_wrap=True)
 
 
 def _print_fields(console: Console, report: CheckReport) -> None:
     table = _table("fields", "name", "share", "for example")
     for name, count in list(report.fields.items())[:20]:
-        table.add_row(_cut(name, 30), f"{count / report.looked_at:.1%}", report.examples.get(name, ""))
+        _add(table, _cut(name, 30), f"{count / report.looked_at:.1%}", report.examples.get(name, ""))
     if len(report.fields) > 20:
-        table.add_row(f"and {len(report.fields) - 20} more", "", "")
+        _add(table, f"and {len(report.fields) - 20} more", "", "")
     console.print(table)
 
 
@@ -108,7 +112,7 @@ def _print_numbers(console: Console, report: CheckReport) -> None:
     ]
     table = _table("numbers", "", "smallest", "5 %", "median", "mean", "95 %", "largest")
     for name, told in rows:
-        table.add_row(name, *(f"{told[key]:,.0f}" if key != "mean" else f"{told[key]:,.1f}" for key in _QUANTILES))
+        _add(table, name, *(f"{told[key]:,.0f}" if key != "mean" else f"{told[key]:,.1f}" for key in _QUANTILES))
     console.print(table)
     formats = report.statistics.get("format", {})
     console.print(Text("formats     " + "  ".join(f"{name} {count:,}" for name, count in formats.items())))
@@ -120,6 +124,16 @@ def _table(title: str, *columns: str) -> Table:
         is_number = column in ("samples", "share", "smallest", "5 %", "median", "mean", "95 %", "largest")
         table.add_column(column, justify="right" if is_number else "left", overflow="fold", no_wrap=number == 0)
     return table
+
+
+def _add(table: Table, *cells: str) -> None:
+    """A row of plain text: what a dataset says is no markup."""
+    table.add_row(*(Text(_shown(cell)) for cell in cells))
+
+
+def _shown(text: str) -> str:
+    """Text as a terminal takes it: no control character moves its cursor, no half of a character stops the output."""
+    return "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
 
 
 def _cut(text: str, most: int) -> str:

@@ -7,7 +7,7 @@ import binascii
 import hashlib
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +41,26 @@ def told_by(headers: Mapping[str, str]) -> dict[str, bytes]:
     return {name: digest for name, digest in found.items() if digest is not None}
 
 
-def verify(path: Path, checksums: Mapping[str, bytes]) -> str | None:
-    """None where the file agrees with the strongest checksum that can be computed, or none is told; else what is wrong."""
+def verify(blocks: Iterable[bytes], checksums: Mapping[str, bytes]) -> str | None:
+    """What is wrong with a content by the strongest checksum that is told and can be computed here; None: nothing."""
     for name in ORDER:
         digest = _digest(name) if name in checksums else None
         if digest is None:
             continue
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        found = digest.digest()
-        if found != checksums[name]:
-            return f"checksum of {path.stat().st_size} bytes is {name} {found.hex()}, the server says {checksums[name].hex()}"
-        return None
+        size = 0
+        for block in blocks:
+            digest.update(block)
+            size += len(block)
+        found, told = digest.digest(), checksums[name]
+        return None if found == told else f"checksum of {size} bytes is {name} {found.hex()}, not {told.hex()} as told"
     return None
+
+
+def blocks_of(path: Path) -> Iterator[bytes]:
+    """The content of a file, a mebibyte at a time."""
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            yield block
 
 
 class _Crc32:
@@ -74,7 +80,7 @@ def _digest(name: str) -> Any:
         return _Crc32()
     if name == "crc32c":
         try:
-            import google_crc32c  # comes with gcsfs
+            import google_crc32c  # pyrefly: ignore[missing-import]  (comes with gcsfs)
         except ImportError:
             return None
         return google_crc32c.Checksum()

@@ -8,14 +8,14 @@ import lzma
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 from mmbase.errors import MmbaseError
 
-_OPENERS: dict[bytes, Callable[[Path], IO[bytes]]] = {
-    b"\x1f\x8b": lambda path: gzip.open(path, "rb"),
-    b"BZh": lambda path: bz2.open(path, "rb"),
-    b"\xfd7zXZ\x00": lambda path: lzma.open(path, "rb"),
+_OPENERS: dict[bytes, Callable[[Path], Any]] = {
+    b"\x1f\x8b": gzip.GzipFile,
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ\x00": lzma.LZMAFile,
 }
 _ZSTANDARD = b"\x28\xb5\x2f\xfd"
 CHUNK = 4 << 20
@@ -57,7 +57,7 @@ def decompress(source: Path, target: Path, grown: Callable[[int], None]) -> str 
         while True:
             try:
                 # One inner read at a time: of a damaged file, all that comes before the damage.
-                chunk = content.read1(CHUNK)  # type: ignore[attr-defined]
+                chunk = content.read1(CHUNK)
             except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, ValueError) as error:
                 return f"its compression ends after {size} bytes: {' '.join(str(error).split())}"
             except OSError as error:

@@ -132,6 +132,8 @@ class DataConfig(BaseModel):
             raise ValueError("give data.shards or data.mixture" + ", not both" * bool(self.mixture))
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"crop_scale is a range within 0 to 1, not {list(self.crop_scale)}")
+        if self.crop_ratio is not None and not 0 < self.crop_ratio[0] <= self.crop_ratio[1] < float("inf"):
+            raise ValueError(f"crop_ratio is a range above 0, not {list(self.crop_ratio)}")
         return self
 
     def shard_specs(self) -> list[str]:

@@ -82,7 +82,9 @@ def _count(shards: Shards, number: int, remembered: Mapping[str, TarIndex]) -> C
     try:
         tar = shards.opened(number)
     except OSError as error:
-        raise MmbaseError(f"cannot read the shard {url!r}: {error.strerror}; check it or take it off the list") from error
+        raise MmbaseError(
+            f"cannot read the shard {url!r}: {error.strerror}; check it or take it off the list"
+        ) from error
     try:
         removed: Counter[str] = Counter()
         if shards.select is not None:

@@ -7,7 +7,7 @@ import binascii
 import datetime
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
 from mmbase.data.cache_config import CacheConfig
@@ -57,13 +57,14 @@ class FsspecSource:
         found = self._bounded(lambda: file_system.ls(path, detail=False), "a list of the folder")
         return sorted(file_system.unstrip_protocol(name) for name in found)
 
-    def _pieces(self, start: int, facts: Facts) -> Iterator[bytes]:
+    def _pieces(self, start: int, facts: Facts) -> Generator[bytes, None, None]:
         file_system, path = self._file_system()
         size, at, ask = facts.size or 0, start, SMALLEST
         while at < size:
             end = min(at + ask, size)
             begun = time.monotonic()
-            piece = self._bounded(lambda begin=at, end=end: file_system.cat_file(path, begin, end), f"bytes {at}-{end}")
+            # By keyword: s3fs has the version where others have the start.
+            piece = self._bounded(lambda b=at, e=end: file_system.cat_file(path, start=b, end=e), f"bytes {at}-{end}")
             if len(piece) != end - at:
                 raise Interrupted(f"cut: {len(piece)} of {end - at} bytes from byte {at}")
             yield piece
@@ -98,7 +99,8 @@ class FsspecSource:
             if len(digest) == 16:
                 return {"md5": digest}
         file_system, path = self._file_system()
-        if "s3" not in (file_system.protocol if isinstance(file_system.protocol, (tuple, list)) else [file_system.protocol]):
+        kinds = file_system.protocol
+        if "s3" not in ([kinds] if isinstance(kinds, str) else kinds):
             return {}
         bucket, _, key = path.partition("/")
         ask = {"Bucket": bucket, "Key": key, "ChecksumMode": "ENABLED"}

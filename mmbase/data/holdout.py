@@ -42,5 +42,3 @@ class Holdout(BaseModel):
 def stable_id(text: str) -> int:
     """A 63-bit number of a string, the same in every process and release (BLAKE2b)."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()) >> 1
-
-

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import http.client
 import re
 import socket
+import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from mmbase.data.cache_config import CacheConfig
@@ -35,7 +37,7 @@ class HttpSource:
             headers["If-Range"] = validator
         answer, connection = self._answer("GET", headers, offset)
         if answer is None:
-            return Transfer(Facts(size=offset), offset, iter(()))
+            return Transfer(Facts(size=offset), offset, _nothing())
         facts = _facts(answer.headers, answer.status, offset)
         return Transfer(facts, offset if answer.status == 206 else 0, self._body(answer, connection))
 
@@ -55,8 +57,12 @@ class HttpSource:
         """The answer once it has begun; None where the range asked for begins at the file's end."""
         opened: list[_Stages] = []
         opener = urllib.request.build_opener(_Http(opened, self.config), _Https(opened, self.config))
-        request = urllib.request.Request(self.url, headers=headers, method=method)
+        # Each wait for a byte has its end, but headers may come byte by byte for hours.
+        watch = threading.Timer(self.config.connect_timeout + self.config.first_byte_timeout, _hang_up, [opened])
+        watch.daemon = True
+        watch.start()
         try:
+            request = urllib.request.Request(self.url, headers=headers, method=method)
             answer = opener.open(request, timeout=self.config.connect_timeout)
         except urllib.error.HTTPError as error:
             with error:
@@ -72,6 +78,8 @@ class HttpSource:
             raise self._trouble(error.reason, opened) from error
         except _BROKEN as error:
             raise self._trouble(error, opened) from error
+        finally:
+            watch.cancel()
         return answer, opened[-1] if opened else None
 
     def _trouble(self, cause: object, opened: list[_Stages]) -> Exception:
@@ -86,7 +94,7 @@ class HttpSource:
             return Unavailable(f"bad URL: {cause}")
         return Interrupted(f"{'lost' if connected else 'no'} connection: {cause or type(cause).__name__}")
 
-    def _body(self, answer: Any, connection: _Stages | None) -> Iterator[bytes]:
+    def _body(self, answer: Any, connection: _Stages | None) -> Generator[bytes, None, None]:
         if connection is not None and connection.connected is not None:
             connection.connected.settimeout(self.config.stall_timeout)
         with answer:
@@ -124,8 +132,8 @@ class _Http(urllib.request.HTTPHandler):
         super().__init__()
         self.opened, self.config = opened, config
 
-    def http_open(self, request: urllib.request.Request) -> Any:
-        return self.do_open(lambda host, **options: _noted(_Stages, host, options, self), request)
+    def http_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(lambda host, **options: _noted(_Stages, host, options, self), req)
 
 
 class _Https(urllib.request.HTTPSHandler):
@@ -133,8 +141,8 @@ class _Https(urllib.request.HTTPSHandler):
         super().__init__()
         self.opened, self.config = opened, config
 
-    def https_open(self, request: urllib.request.Request) -> Any:
-        return self.do_open(lambda host, **options: _noted(_SecureStages, host, options, self), request)
+    def https_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(lambda host, **options: _noted(_SecureStages, host, options, self), req)
 
 
 def _noted(kind: type[_Stages], host: str, options: dict[str, Any], handler: _Http | _Https) -> _Stages:
@@ -142,6 +150,17 @@ def _noted(kind: type[_Stages], host: str, options: dict[str, Any], handler: _Ht
     connection.first_byte_timeout = handler.config.first_byte_timeout
     handler.opened.append(connection)
     return connection
+
+
+def _nothing() -> Generator[bytes, None, None]:
+    yield from ()
+
+
+def _hang_up(opened: list[_Stages]) -> None:
+    for connection in opened:
+        if connection.connected is not None:
+            with contextlib.suppress(OSError):
+                connection.connected.shutdown(socket.SHUT_RDWR)
 
 
 def _facts(headers: Any, status: int, offset: int) -> Facts:

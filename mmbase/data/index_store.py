@@ -1,11 +1,14 @@
 """Tar indices kept on disk: beside the shard where somebody put them there, else in the cache folder.
 
-An index is valid while the tar's size and time of change are what they were; any other is made anew. Training never
-writes into a folder of shards: indices beside them come from ``mmbase data index`` and ``mmbase data pack``.
+An index in the cache is valid while the tar's size and time of change are what they were. One beside its tar travels
+with it, and copying dates files anew: that one is valid while the size and a sample of the headers are. Any other is
+made anew. Training never writes into a folder of shards: indices beside them come from ``mmbase data index`` and
+``mmbase data pack``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import os
@@ -14,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from mmbase.data.tar_index import TarIndex, scan_tar
+from mmbase.data.tar_index import TarIndex, fingerprint, scan_tar
 from mmbase.errors import MmbaseError
 from mmbase.files import write_atomically
 
@@ -48,18 +51,10 @@ def load_index(tar: Path, cache: Path) -> TarIndex:
     Raises:
         OSError: the tar cannot be opened or read.
     """
-    facts = os.stat(tar)
     kept = _kept_path(tar, cache)
-    for place in (Path(f"{tar}{SUFFIX}"), kept):
-        try:
-            index = TarIndex.from_bytes(place.read_bytes())
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.debug("index %s is of no use: %s", place, error)
-            continue
-        if (index.size, index.mtime_ns) == (facts.st_size, facts.st_mtime_ns):
-            return index
+    index = _valid(Path(f"{tar}{SUFFIX}"), tar) or _valid(kept, tar)
+    if index is not None:
+        return index
     index = scan_tar(tar)
     try:
         write_atomically(kept, index.to_bytes())
@@ -86,7 +81,7 @@ def write_index(tar: str | Path) -> TarIndex:
         index = scan_tar(tar)
     except OSError as error:
         raise MmbaseError(f"cannot read the shard {str(tar)!r}: {error.strerror or error}; check the path") from error
-    write_atomically(f"{tar}{SUFFIX}", index.to_bytes())
+    write_atomically(f"{tar}{SUFFIX}", dataclasses.replace(index, mtime_ns=0).to_bytes())
     return index
 
 
@@ -114,6 +109,27 @@ def shown(items: Sequence[Item], progress: bool, title: str) -> Iterable[Item]:
     from rich.progress import track
 
     return track(items, title, console=Console(stderr=True), transient=True)
+
+
+def _valid(place: Path, tar: Path) -> TarIndex | None:
+    """The index in a file, if it is one of the tar as it is now."""
+    try:
+        index = TarIndex.from_bytes(place.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.debug("index %s is of no use: %s", place, error)
+        return None
+    descriptor = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        facts = os.fstat(descriptor)
+        if index.size != facts.st_size:
+            return None
+        if index.mtime_ns:
+            return index if index.mtime_ns == facts.st_mtime_ns else None
+        return index if index.fingerprint == fingerprint(descriptor, facts.st_size, index.offset) else None
+    finally:
+        os.close(descriptor)
 
 
 def _kept_path(tar: Path, cache: Path) -> Path:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel
 
 from mmbase.data.cache_config import CacheConfig
 from mmbase.data.captions import CaptionSampler, CaptionTemplate
@@ -29,6 +32,7 @@ from mmbase.data.tokenizer_base import Tokenizer
 from mmbase.errors import MmbaseError, nearest
 
 Filter = FilterConfig | str | dict[str, Any]
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def loader(
@@ -106,14 +110,15 @@ def loader(
     Raises:
         MmbaseError: shards that do not exist, an argument out of range; while iterating, see :class:`Loader`.
     """
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    size = _size(image_size)
+    _check(seed, crop_scale, crop_ratio, decode=decode, alpha=alpha)
     sources = open_sources(
-        list(shards) if weights is not None and not isinstance(shards, str) else [shards],
+        list(shards) if weights is not None and not isinstance(shards, str | Path) else [shards],
         weights,
-        seed=seed,
+        seed=int(seed),
         window=window,
         shuffle=train,
-        cache=CacheConfig.model_validate(cache) if isinstance(cache, dict) else cache,
+        cache=None if cache is None else _validated(CacheConfig, cache, "cache"),
         sizes=sizes,
         timeout=timeout,
         selection=select([_filter(one) for one in filters]),
@@ -123,7 +128,7 @@ def loader(
     showing = Showing(
         CaptionSampler([_template(one) for one in captions]),
         Collator(found),
-        (size[0], size[1]) if train else evaluation.height_width,
+        size if train else evaluation.height_width,
         caption_field=caption_field,
         crop_scale=crop_scale,
         crop_ratio=crop_ratio,
@@ -135,7 +140,7 @@ def loader(
     return _loader(
         sources,
         showing,
-        seed=seed,
+        seed=int(seed),
         errors=errors,
         max_bad_share=max_bad_share,
         quarantine=quarantine,
@@ -333,25 +338,46 @@ def _loader(
     )
 
 
+def _check(seed: int, crop_scale: Sequence[float], crop_ratio: Sequence[float] | None, **chosen: str) -> None:
+    """Refuse what would only fail sample by sample."""
+    if not isinstance(seed, Integral) or seed < 0:
+        raise MmbaseError(f"seed={seed!r} must be a whole number from 0")
+    if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+        raise MmbaseError(f"crop_scale={crop_scale} must be a range within 0 to 1, such as (0.9, 1.0)")
+    if crop_ratio is not None and not 0 < crop_ratio[0] <= crop_ratio[1] < float("inf"):
+        raise MmbaseError(f"crop_ratio={crop_ratio} must be a range above 0, such as (0.75, 1.33)")
+    choices = {"decode": ("fast", "exact"), "alpha": ("keep", "drop", "white", "black")}
+    for name, value in chosen.items():
+        if value not in choices[name]:
+            raise MmbaseError(f"{name}={value!r} is none of {', '.join(map(repr, choices[name]))}")
+
+
+def _size(given: int | tuple[int, int]) -> tuple[int, int]:
+    """(H, W)."""
+    sides = (given, given) if isinstance(given, Integral) else given
+    if not isinstance(sides, Sequence) or len(sides) != 2 or not all(isinstance(n, Integral) and n > 0 for n in sides):
+        raise MmbaseError(f"image_size={given!r} must be a side in pixels, at least 1, or (height, width)")
+    return int(sides[0]), int(sides[1])
+
+
 def _filter(given: Filter) -> FilterConfig:
-    if isinstance(given, str):
-        return parse_filter(given)
-    try:
-        return FilterConfig.model_validate(given)
-    except ValueError as error:
-        raise MmbaseError(f"{given!r} is no filter: {_first_line(error)}") from error
+    return parse_filter(given) if isinstance(given, str) else _validated(FilterConfig, given, "filter")
 
 
 def _template(given: CaptionTemplate | dict[str, Any] | str) -> CaptionTemplate:
+    return _validated(CaptionTemplate, {"template": given} if isinstance(given, str) else given, "caption template")
+
+
+def _validated(kind: type[Model], given: Model | dict[str, Any], what: str) -> Model:
     try:
-        return CaptionTemplate.model_validate({"template": given} if isinstance(given, str) else given)
+        return kind.model_validate(given)
     except ValueError as error:
-        raise MmbaseError(f"{given!r} is no caption template: {_first_line(error)}") from error
+        raise MmbaseError(f"{given!r} is no {what}: {_first_line(error)}") from error
 
 
 def _first_line(error: ValueError) -> str:
-    details = getattr(error, "errors", list)()
-    return details[0]["msg"].removeprefix("Value error, ") if details else str(error)
+    first: dict[str, Any] = next(iter(getattr(error, "errors", list)()), {"loc": (), "msg": str(error)})
+    return ": ".join([*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")])
 
 
 def _tokenizer(given: Tokenizer | dict[str, Any] | str) -> Tokenizer:

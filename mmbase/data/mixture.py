@@ -9,7 +9,10 @@ Letters: K sources, n positions asked for.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
+from numbers import Real
 
 import numpy as np
 
@@ -127,10 +130,14 @@ class MixtureOrder:
 
 
 def _points(weight: Weight) -> list[tuple[float, float]]:
-    points = [(0.0, float(weight))] if isinstance(weight, int | float) else [(float(p), float(w)) for p, w in weight]
+    points = (
+        [(0.0, float(weight))] if isinstance(weight, int | float | Real) else [(float(p), float(w)) for p, w in weight]
+    )
     places = [place for place, _ in points]
     if not points or places != sorted(set(places)):
         raise MmbaseError(f"a weight that changes needs points in rising order of position, not {list(points)}")
+    if not all(map(math.isfinite, itertools.chain(*points))):
+        raise MmbaseError(f"a weight of a mixture is no finite number: {weight}; weights are shares of the samples")
     if min(w for _, w in points) < 0:
         raise MmbaseError(f"a weight of a mixture is negative: {min(w for _, w in points)}; weights are 0 or more")
     return points

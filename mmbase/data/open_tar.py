@@ -38,7 +38,7 @@ class OpenTar:
         self.shard, self.descriptor, self.index, self.rows = shard, descriptor, index, rows
         self.member_bytes, self.users, self._close = member_bytes, 0, close
         # A memoryview gives a Python integer in a third of the time that an array takes for its scalar.
-        self._first, self._offset, self._length = (memoryview(a) for a in (index.first, index.offset, index.length))
+        self._first, self._offset, self._length = (a.data for a in (index.first, index.offset, index.length))
         self._extension = [index.extensions[number] for number in index.extension.tolist()]
 
     def __len__(self) -> int:
@@ -90,11 +90,14 @@ class OpenTar:
     def _read(self, key: str, offset: int, size: int) -> bytes:
         try:
             content = os.pread(self.descriptor, size, offset)
-            while len(content) < size and (more := os.pread(self.descriptor, size - len(content), offset + len(content))):
+            while len(content) < size and (
+                more := os.pread(self.descriptor, size - len(content), offset + len(content))
+            ):
                 content += more
         except OSError as error:
             raise SampleFault(self.shard, key, offset, f"cannot be read: {error.strerror or error}") from None
         if len(content) < size:
-            reason = f"the shard ends at byte {offset + len(content)}: it was cut or replaced after it was indexed"
+            ends = os.fstat(self.descriptor).st_size
+            reason = f"it should end at byte {offset + size}, the shard ends at {ends}: cut or replaced after indexing"
             raise SampleFault(self.shard, key, offset, reason)
         return content

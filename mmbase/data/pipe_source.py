@@ -8,7 +8,7 @@ import selectors
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import IO
 
 from mmbase.data.cache_config import CacheConfig
@@ -32,7 +32,7 @@ class PipeSource:
         """Start the command."""
         return Transfer(Facts(), 0, self._output())
 
-    def _output(self) -> Iterator[bytes]:
+    def _output(self) -> Generator[bytes, None, None]:
         with tempfile.TemporaryFile() as said:
             try:
                 process = subprocess.Popen(

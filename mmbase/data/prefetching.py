@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from mmbase.data.shard_cache import CacheFull
-from mmbase.errors import MmbaseError
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ class Prefetcher:
             full = False
             try:
                 self.fetch(url)
-            except MmbaseError as error:
+            except Exception as error:  # of whatever kind: a thread that dies would keep its place for ever
                 full = isinstance(error, CacheFull)
                 logger.debug("not fetched ahead: %s", error)
             with self._lock:

@@ -10,14 +10,14 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import SystemRandom
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from mmbase.data.cache_config import CacheConfig
-from mmbase.data.checksums import verify
+from mmbase.data.checksums import blocks_of, verify
 from mmbase.data.shard_list import scheme_of
 from mmbase.errors import MmbaseError
 
@@ -37,11 +37,11 @@ class RemoteError(MmbaseError):
     """A remote file that could not be had; the message says why, and after what."""
 
 
-class Unavailable(Exception):  # noqa: N818
+class Unavailable(Exception):
     """What no further try will change: not there, not allowed."""
 
 
-class Interrupted(Exception):  # noqa: N818
+class Interrupted(Exception):
     """What a further try may mend: cut, stalled, overloaded."""
 
     def __init__(self, reason: str, pause: float = 0.0) -> None:
@@ -70,7 +70,7 @@ class Transfer(NamedTuple):
     start: int
     """byte of the file at which the chunks begin: the one asked for, or 0 where the file has changed or no range is
     served"""
-    chunks: Iterator[bytes]
+    chunks: Generator[bytes, None, None]
 
 
 class Source(Protocol):
@@ -201,6 +201,9 @@ def read_small(url: str, config: CacheConfig, limit: int = 64 << 20) -> bytes | 
                 raise Unavailable(f"it is longer than {limit} bytes")
         if transfer.facts.size is not None and len(content) != transfer.facts.size:
             raise Interrupted(f"cut after {len(content)} of {transfer.facts.size} bytes")
+        wrong = verify([content], transfer.facts.checksums)
+        if wrong is not None:
+            raise Interrupted(wrong)
         return content
 
     return persist(read, config, repr(url))
@@ -227,8 +230,9 @@ def chunks(
     Raises:
         RemoteError: it could not be had; :class:`Unavailable` becomes one too.
     """
+    furthest = offset
     while True:
-        progressed = False
+        reached = furthest  # what was had before, and is had again after a restart, is no progress
         try:
             transfer = source.open(offset, validator)
             if transfer.start != offset and restart is None:
@@ -238,7 +242,7 @@ def chunks(
                 restart(transfer.facts, offset)
             for chunk in _flowing(transfer.chunks, source.config.stall_timeout):
                 offset += len(chunk)
-                progressed = True
+                furthest = max(furthest, offset)
                 yield chunk
                 patience.check()
             size = transfer.facts.size
@@ -248,7 +252,7 @@ def chunks(
         except Unavailable as error:
             raise RemoteError(f"{patience.what} cannot be had: {error}") from error
         except Interrupted as trouble:
-            patience.pause(trouble, progressed)
+            patience.pause(trouble, progressed=furthest > reached)
 
 
 def download(
@@ -290,7 +294,7 @@ def download(
                 written = file.tell()
             file.flush()
             os.fsync(file.fileno())
-        wrong = verify(part, facts.checksums)
+        wrong = verify(blocks_of(part), facts.checksums)
         if wrong is None:
             memory.unlink(missing_ok=True)
             return facts

@@ -20,7 +20,7 @@ class RawSample(NamedTuple):
     """byte at which the sample's first member begins in the (uncompressed) tar"""
 
 
-class SampleFault(Exception):  # noqa: N818  (a fault is no error of the program's)
+class SampleFault(Exception):
     """A sample that cannot be had, whatever the cause: damaged, refused, on a shard that is gone."""
 
     def __init__(self, shard: str, key: str, offset: int, reason: str) -> None:

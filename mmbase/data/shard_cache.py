@@ -31,6 +31,7 @@ from mmbase.data.remote import GROWTH, Facts, Patience, RemoteError, download, p
 from mmbase.data.shard_list import scheme_of
 from mmbase.data.tar_index import TarIndex
 from mmbase.errors import MmbaseError
+from mmbase.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -130,29 +131,20 @@ class ShardCache:
         """
         self._raise_if_lost(url)
         place = self.place(url)
-        with contextlib.ExitStack() as held:
-            what = f"another process to fetch the shard {url!r}"
-            if not held.enter_context(_locked(place.lock, timeout if wait else 0, self.closed)):
-                if wait:
-                    raise RemoteError(f"waited {timeout:.0f} s for {what}; see whether it still runs")
-                return False
-            self._raise_if_lost(url)
-            if place.data.exists() and not self._has_changed(place):
-                return True
-            try:
-                self._make(place, timeout)
-            except RemoteError as error:
-                if not self.closed.is_set():
-                    self._lost[url] = (time.monotonic() + LOST_FOR, error)
-                raise
-            except OSError as error:
-                raise MmbaseError(
-                    f"cannot keep the shard {url!r} in {str(self.folder)!r}: {error.strerror or error}; free space "
-                    "or choose another data.cache.folder"
-                ) from error
-            finally:
-                place.part.with_suffix(".wants").unlink(missing_ok=True)
-        return True
+        try:
+            with _locked(place.lock, timeout if wait else 0, self.closed) as held:
+                if held:
+                    self._fetch_locked(place, timeout)
+                elif wait:
+                    raise RemoteError(
+                        f"waited {timeout:.0f} s for another process to fetch the shard {url!r}; see whether it runs"
+                    )
+                return held
+        except OSError as error:
+            raise MmbaseError(
+                f"cannot keep the shard {url!r} in {str(self.folder)!r}: {error.strerror or error}; free space or "
+                "choose another data.cache.folder"
+            ) from error
 
     def close(self) -> None:
         """Make all that waits or fetches here give up."""
@@ -162,6 +154,20 @@ class ShardCache:
         until, error = self._lost.get(url, (0.0, None))
         if error is not None and time.monotonic() < until:
             raise error
+
+    def _fetch_locked(self, place: Place, timeout: float) -> None:
+        """Have a shard here; its lock is held."""
+        self._raise_if_lost(place.url)
+        if place.data.exists() and not self._has_changed(place):
+            return
+        try:
+            self._make(place, timeout)
+        except RemoteError as error:
+            if not self.closed.is_set():
+                self._lost[place.url] = (time.monotonic() + LOST_FOR, error)
+            raise
+        finally:
+            place.part.with_suffix(".wants").unlink(missing_ok=True)
 
     def _make(self, place: Place, timeout: float) -> None:
         """Fetch or decompress one shard; its lock is held."""
@@ -187,8 +193,10 @@ class ShardCache:
         known = {"url": place.url, "validator": facts.validator, "size": facts.size, "bytes": ready.stat().st_size}
         modified = facts.modified_ns or time.time_ns()
         os.utime(ready, ns=(time.time_ns(), modified))
-        place.facts.write_text(json.dumps(known))
+        # What is known comes after what it is known of: a process that dies between them leaves it to be asked again.
+        place.facts.unlink(missing_ok=True)
         os.replace(ready, place.data)
+        write_atomically(place.facts, json.dumps(known))
         if ready != place.part:
             place.part.unlink(missing_ok=True)
         self.counts["fetched"] += 1
@@ -234,11 +242,11 @@ class ShardCache:
 
     def _reserve(self, place: Place, size: int | None, have: int) -> None:
         """Make room for a shard of ``size`` bytes, or for what comes next of one whose size nobody knows."""
-        wanted = size if size is not None else have + GROWTH
-        if size is not None and size > self.config.max_bytes:
+        wanted = size if size is not None else max(have, min(have + GROWTH, self.config.max_bytes))
+        if wanted > self.config.max_bytes:
             raise MmbaseError(
-                f"the shard {place.url!r} of {size} bytes is larger than the cache; raise data.cache.max_bytes="
-                f"{self.config.max_bytes}"
+                f"the shard {place.url!r} of {'' if size else 'over '}{wanted} bytes is larger than the cache; raise "
+                f"data.cache.max_bytes={self.config.max_bytes}"
             )
         with _locked(self.folder / "room.lock", 60, self.closed) as held:
             if not held:
@@ -256,7 +264,9 @@ class ShardCache:
                 if file.suffix == ".wants":
                     coming = _held(file.with_suffix(".lock"))
                     total += int(file.read_text()) if coming else 0
-                elif file.suffix == ".tar" or (file.suffix in (".part", ".plain") and not _coming(file)):
+                elif file.suffix == ".tar" or (
+                    file.suffix in (".part", ".plain") and not _held(file.with_suffix(".lock"))
+                ):
                     kept.append((status.st_atime_ns, status.st_size, file))
                     total += status.st_size
         for _, size, file in sorted(kept):
@@ -298,11 +308,6 @@ def release(descriptor: int) -> None:
     os.close(descriptor)
 
 
-def _coming(file: Path) -> bool:
-    """Whether a process is at work on the shard that this partial file belongs to."""
-    return file.with_suffix(".wants").exists() and _held(file.with_suffix(".lock"))
-
-
 def _held(lock: Path) -> bool:
     """Whether some process, this one included, holds a lock."""
     try:
@@ -319,9 +324,9 @@ def _held(lock: Path) -> bool:
 
 
 def _unlink_unused(path: Path) -> bool:
-    """Delete a file unless some process has it open under a lock."""
+    """Delete a shard unless some process has it open, or what has come of one unless some process fetches it."""
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = os.open(path if path.suffix == ".tar" else path.with_suffix(".lock"), os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         return False
     try:

@@ -89,7 +89,9 @@ def _local_shards(path: Path) -> list[str]:
 
 def _remote_folder(url: str) -> list[str]:
     if url.startswith(("http:", "https:")):
-        raise MmbaseError(f"{url!r}: an HTTP server lists no folders; name its shards, such as {url}{{00000..00099}}.tar")
+        raise MmbaseError(
+            f"{url!r}: an HTTP server lists no folders; name its shards, such as {url}{{00000..00099}}.tar"
+        )
     from mmbase.data.remote import list_folder
 
     found = [name for name in list_folder(url) if name.endswith(SHARD_SUFFIXES)]

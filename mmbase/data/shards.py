@@ -5,11 +5,12 @@ Letters: S shards, R samples (rows) of a shard.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +55,10 @@ logger = logging.getLogger(__name__)
 
 OPEN_AT_ONCE = 64
 """Shards that a process holds open unless told; the least recently used one is closed for another."""
+SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""Errors that are the process's and not the shard's."""
+REPLACED = 3
+"""Times a shard may be replaced under the one who opens it."""
 TIMEOUT = 600.0
 """Seconds for which reading a sample waits for its shard."""
 
@@ -141,6 +146,11 @@ class Shards:
         except RemoteError as error:
             raise SampleFault(self.urls[shard], f"#{row}", 0, str(error)) from None
         except OSError as error:
+            if error.errno in SCARCE:
+                raise MmbaseError(
+                    f"cannot open the shard {self.urls[shard]!r}: {error.strerror}; raise the limit (ulimit -n) or "
+                    "lower data.window"
+                ) from error
             reason = f"the shard cannot be read: {error.strerror or error}"
             raise SampleFault(self.urls[shard], f"#{row}", 0, reason) from None
         try:
@@ -171,7 +181,13 @@ class Shards:
                 self._open.move_to_end(shard)
                 tar.users += 1
                 return tar
-        new = self._open_tar(self.urls[shard])  # may take long: other threads read on meanwhile
+        try:
+            new = self._open_tar(self.urls[shard])  # may take long: other threads read on meanwhile
+        except OSError as error:
+            if error.errno not in SCARCE:
+                raise
+            self.release()
+            new = self._open_tar(self.urls[shard])
         with self._lock:
             tar = self._open.setdefault(shard, new)
             tar.users += 1
@@ -235,20 +251,27 @@ class Shards:
         self._prefetcher = Prefetcher(lambda url: self.cache.fetch(url, self.timeout, wait=False), self.config.parallel)
 
     def _open_tar(self, url: str) -> OpenTar:
-        close: Callable[[int], None] = os.close
+        path = self.cache.place(url).data if self.needs_cache(url) else Path(url)
+        for _ in range(REPLACED):
+            descriptor, close = self._descriptor(url)
+            try:
+                index = load_index(path, self.cache.folder)
+                if _is_at(descriptor, path):
+                    tar = OpenTar(url, descriptor, index, None, self.config.member_bytes, close)
+                    if self.select is not None:
+                        tar.rows = selected_rows(tar, self.select, self.cache.folder).rows
+                    return tar
+            except BaseException:
+                close(descriptor)
+                raise
+            close(descriptor)  # the index is that of a file which another process has put there meanwhile
+        raise RemoteError(f"the shard {url!r} was replaced {REPLACED} times while it was opened")
+
+    def _descriptor(self, url: str) -> tuple[int, Callable[[int], None]]:
+        """The shard as an open tar, and how to close it."""
         if self.needs_cache(url):
-            path, descriptor, close = self.cache.place(url).data, self._from_cache(url), release
-        else:
-            path = Path(url)
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            tar = OpenTar(url, descriptor, load_index(path, self.cache.folder), None, self.config.member_bytes, close)
-            if self.select is not None:
-                tar.rows = selected_rows(tar, self.select, self.cache.folder).rows
-            return tar
-        except BaseException:
-            close(descriptor)
-            raise
+            return self._from_cache(url), release
+        return os.open(url, os.O_RDONLY | os.O_CLOEXEC), os.close
 
     def _from_cache(self, url: str) -> int:
         """A descriptor of a cached shard; where the cache is full of what this process no longer uses, let go of it."""
@@ -268,6 +291,12 @@ class Shards:
             if len(self._open) <= most:
                 return
             self._open.pop(shard).close()
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether what is open is what lies at the path now, unchanged."""
+    mine, there = os.fstat(descriptor), os.stat(path)
+    return (mine.st_ino, mine.st_size, mine.st_mtime_ns) == (there.st_ino, there.st_size, there.st_mtime_ns)
 
 
 class Sample(NamedTuple):

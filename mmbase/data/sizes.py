@@ -54,7 +54,7 @@ def named_sizes(shards: Iterable[str], sizes: Mapping[str, int] | str | Path) ->
     Raises:
         MmbaseError: the table cannot be read.
     """
-    table = dict(sizes) if isinstance(sizes, Mapping) else _sizes_table(str(sizes), CacheConfig())
+    table = _checked(sizes, "data.sizes") if isinstance(sizes, Mapping) else _sizes_table(str(sizes), CacheConfig())
     if not table and not isinstance(sizes, Mapping):
         raise MmbaseError(f"there is no table of sizes {str(sizes)!r}; check the path")
     known: dict[str, int] = {}
@@ -73,9 +73,13 @@ def _sizes_table(place: str, cache: CacheConfig | None) -> dict[str, int]:
     table = _read_json(place, cache)
     if table is None:
         return {}
-    if not isinstance(table, dict) or not all(isinstance(n, int) and 0 <= n < 1 << 40 for n in table.values()):
+    return _checked(table, place)
+
+
+def _checked(table: Any, place: str) -> dict[str, int]:
+    if not isinstance(table, Mapping) or not all(isinstance(n, int) and 0 <= n < 1 << 40 for n in table.values()):
         raise MmbaseError(f"{place!r} is no table of sizes: it should map shard names to numbers of samples")
-    return table
+    return dict(table)
 
 
 def _statistics(shard: str, cache: CacheConfig | None) -> int | None:

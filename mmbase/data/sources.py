@@ -103,5 +103,5 @@ def open_sources(
         else f"order: as stored, {len(order):,} samples"
     )
     names = [url.rpartition("/")[2] for url in urls]
-    state = json.dumps([names, shards.sizes.tolist(), seed, [one.window for one in orders], weights])
+    state = json.dumps([names, shards.sizes.tolist(), seed, [one.window for one in orders], weights], default=float)
     return Sources(urls, shards, order, described, cache, hashlib.blake2b(state.encode(), digest_size=16).hexdigest())

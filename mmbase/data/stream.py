@@ -9,11 +9,13 @@ Letters: B batch of this rank, G batch of all ranks, H height, W width, T tokens
 
 from __future__ import annotations
 
+import os
 import time
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from types import TracebackType
 from typing import Any
 
@@ -109,6 +111,7 @@ class Loader:
         self._window: list[int] = []
         self._closed = False
         self._arena = Arena(self._shape)
+        self._let_go = weakref.finalize(self, _let_go, os.getpid(), shards)
         self._free.extend(range(slots))
         if workers:
             self._pool = WorkerPool(preparation, self._arena, urls=urls, timeout=timeout)
@@ -179,13 +182,14 @@ class Loader:
         return batch
 
     def close(self) -> None:
-        """End the workers. Batches handed out stay valid."""
+        """End the workers, close the shards, give up what is being fetched. Batches handed out stay valid."""
         if self._closed:
             return
         self._closed = True
         if self._pool:
             self._pool.close()
         self._arena.close()
+        self._let_go()
 
     def __enter__(self) -> Loader:
         return self
@@ -321,6 +325,11 @@ class Loader:
             self.shards.prefetch(upcoming)
 
 
+def _let_go(owner: int, shards: Shards | None) -> None:
+    if shards is not None and os.getpid() == owner:  # in a fork, files and locks are still the parent's
+        shards.close()
+
+
 def _piece_size(rows: int, workers: int) -> int:
     """Rows given to a worker at a time: several pieces each, so that all end a batch together."""
     return max(1, min(_LARGEST_PIECE, -(-rows // (_PIECES_PER_WORKER * workers))))
@@ -329,6 +338,8 @@ def _piece_size(rows: int, workers: int) -> int:
 def _check(**given: int) -> None:
     lowest = {"batch_size": 1, "world_size": 1, "prefetch": 1}
     for name, value in given.items():
+        if not isinstance(value, Integral):
+            raise MmbaseError(f"{name}={value!r} is no whole number")
         if value < lowest.get(name, 0):
             raise MmbaseError(f"{name}={value} must be at least {lowest.get(name, 0)}")
     if given["rank"] >= given["world_size"]:

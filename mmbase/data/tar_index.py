@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 BLOCK = 512
-FORMAT = "mmbase tar index 1"
+FORMAT = "mmbase tar index 2"
 NAME_LIMIT = 1 << 20
 """Bytes of a long name or pax header that are read; a longer one ends the scan as damage."""
 
@@ -49,7 +49,9 @@ class TarIndex:
     size: int
     """bytes of the tar this was made from"""
     mtime_ns: int
-    """its time of last change; another size or time makes the index void"""
+    """its time of last change; 0 in an index that travels with its tar, which copying dates anew"""
+    fingerprint: str
+    """digest of the size and of some headers, see :func:`fingerprint`"""
     damage: str | None
     """why the scan ended before the tar's end, where it did; the rows before are good"""
     ended: bool
@@ -96,6 +98,7 @@ class TarIndex:
             "format": FORMAT,
             "size": self.size,
             "mtime_ns": self.mtime_ns,
+            "fingerprint": self.fingerprint,
             "damage": self.damage,
             "ended": self.ended,
             "refusals": {str(row): refusal for row, refusal in self.refusals.items()},
@@ -124,7 +127,7 @@ class TarIndex:
             arrays[name] = np.frombuffer(payload, kind, header["lengths"][name], at)
             at += arrays[name].nbytes
         refusals = {int(row): (where, reason) for row, (where, reason) in header["refusals"].items()}
-        plain = {name: header[name] for name in ("size", "mtime_ns", "damage", "ended", "extensions")}
+        plain = {name: header[name] for name in ("size", "mtime_ns", "fingerprint", "damage", "ended", "extensions")}
         return cls(**plain, refusals=refusals, keys=payload[at:], **arrays)
 
 
@@ -146,9 +149,27 @@ def scan_tar(path: str | Path) -> TarIndex:
         scan = _Scan(descriptor, facts.st_size)
         for name, offset, size, refusal in scan.entries():
             scan.add(name, offset, size, refusal)
-        return scan.index(facts)
+        offsets = np.array(scan.offset, np.int64)
+        return scan.index(facts, offsets, fingerprint(descriptor, facts.st_size, offsets))
     finally:
         os.close(descriptor)
+
+
+def fingerprint(descriptor: int, size: int, offset: np.ndarray) -> str:
+    """Tells a copy of a tar from another tar of the same size: a digest of its size and of up to 64 members' headers.
+
+    Args:
+        descriptor: the open tar.
+        size: its bytes.
+        offset: int64 [M], where members' contents begin; each header lies just before its content.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    for place in np.linspace(0, len(offset) - 1, min(64, len(offset)), dtype=np.int64):
+        digest.update(os.pread(descriptor, BLOCK, int(offset[place]) - BLOCK))
+    return digest.hexdigest()
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -235,9 +256,11 @@ class _Scan:
 
     def _header(self, position: int) -> bytes | None:
         """The header at a byte, its checksum verified; None at the archive's end."""
+        if position > self.size:  # by any amount: a header may claim more than an offset can say
+            raise _Damage(f"the shard is cut off at byte {self.size}")
         header = os.pread(self.descriptor, BLOCK, position)
         if len(header) < BLOCK:
-            if header.strip(b"\0") or position > self.size or not self.size:
+            if header.strip(b"\0") or not self.size:
                 raise _Damage("the file is empty" if not self.size else f"the shard is cut off at byte {self.size}")
             return None
         if not header[0] and header.count(0) == BLOCK:
@@ -280,11 +303,12 @@ class _Scan:
         self.length.append(size)
         self.extension.append(self.extensions.setdefault(extension, len(self.extensions)))
 
-    def index(self, facts: os.stat_result) -> TarIndex:
+    def index(self, facts: os.stat_result, offset: np.ndarray, fingerprint: str) -> TarIndex:
         """What was found."""
         return TarIndex(
             size=facts.st_size,
             mtime_ns=facts.st_mtime_ns,
+            fingerprint=fingerprint,
             damage=self.damage,
             ended=self.ended,
             refusals=self.refusals,
@@ -292,7 +316,7 @@ class _Scan:
             keys=b"".join(self.keys),
             key_end=np.cumsum([len(key) for key in self.keys], dtype=np.int64),
             first=np.array([*self.first, len(self.offset)], np.int64),
-            offset=np.array(self.offset, np.int64),
+            offset=offset,
             length=np.array(self.length, np.int64),
             extension=np.array(self.extension, np.int32),
         )

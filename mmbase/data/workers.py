@@ -249,10 +249,11 @@ def _start_nursery(
     with open(job_file, "wb", closefd=False) as file:
         file.write(job)
     os.lseek(job_file, 0, os.SEEK_SET)
-    # The workers see the modules this process sees; -c, because a folder on the path may shadow -m.
+    # The workers see the modules this process sees: -P, because -c would look into the working folder first, where
+    # anything may lie; and -c, because a folder on the path may shadow -m.
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     pairs = [f"{queue}:{connection.fileno()}" for queue, connection in ends]
-    command = [sys.executable, "-c", "from mmbase.data.worker import main; main()"]
+    command = [sys.executable, "-P", "-c", "from mmbase.data.worker import main; main()"]
     command += [str(control.fileno()), str(job_file), str(memory), ",".join(pairs)]
     process = subprocess.Popen(
         command,

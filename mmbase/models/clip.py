@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mmbase.errors import MmbaseError
+from mmbase.keyed import IMAGE, TEXT, draw
 from mmbase.models.config import CLIPConfig
 from mmbase.models.text import PackedText, TextTransformer
 from mmbase.models.vision import VisionTransformer
@@ -68,24 +70,45 @@ class CLIP(nn.Module):
         return self.text(text, normalize=normalize)
 
     def forward(
-        self, image: Tensor | Sequence[Tensor] | None = None, text: Tensor | PackedText | None = None
+        self,
+        image: Tensor | Sequence[Tensor] | None = None,
+        text: Tensor | PackedText | None = None,
+        *,
+        keys: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Features of unit length and the scale they are to be multiplied with.
 
         Args:
             image: as for `encode_image`.
             text: as for `encode_text`.
+            keys: int64 [B], a key for each pair, from which its patch dropout, drop path and dropout are drawn in
+                training: the same in any split of a batch. None: torch's generator draws.
 
         Returns:
             image_features and text_features (of what was given), logit_scale (exponentiated, a scalar) and, in a
             model that has one, logit_bias: OpenCLIP's names, so its losses take the dict as keyword arguments.
+
+        Raises:
+            MmbaseError: keys that are not one int64 number for each pair; and what the towers raise.
         """
+        _check_keys(keys, image, text)
+        image_keys, text_keys = (None, None) if keys is None else (draw(keys, IMAGE), draw(keys, TEXT))
         out = {}
         if image is not None:
-            out["image_features"] = self.encode_image(image, normalize=True)
+            out["image_features"] = self.visual(image, normalize=True, keys_B=image_keys)
         if text is not None:
-            out["text_features"] = self.encode_text(text, normalize=True)
+            out["text_features"] = self.text(text, normalize=True, keys_B=text_keys)
         out["logit_scale"] = self.logit_scale.exp()
         if self.logit_bias is not None:
             out["logit_bias"] = self.logit_bias
         return out
+
+
+def _check_keys(keys: Tensor | None, *inputs: Tensor | Sequence[Tensor] | PackedText | None) -> None:
+    """Refuse keys that would be broadcast over pairs, or be no hash at all."""
+    for given in inputs:
+        if keys is not None and given is not None and (keys.dtype != torch.int64 or keys.shape != (len(given),)):
+            raise MmbaseError(
+                f"keys must be int64 of shape [{len(given)}], a key for each pair, not {keys.dtype} of "
+                f"{list(keys.shape)}; pass batch['draw']"
+            )

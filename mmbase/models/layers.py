@@ -1,7 +1,7 @@
 """Layers of both towers. Kernels are called here and nowhere else.
 
 Shapes: B batch, N tokens, M query tokens, H heads, D head width (after an H) or model width, K kept tokens, P tokens
-of a packed batch, of all its sequences together.
+of a packed batch, of all its sequences together, R residual branches.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mmbase.keyed import counted
 from mmbase.models.config import Activation
 from mmbase.models.initialised import Linear
+from mmbase.models.noise import Dropout, DropPath
 from mmbase.models.packing import Packing
 from mmbase_kernels import add_layer_norm, layer_norm
 from mmbase_kernels import attention as kernels_attention
@@ -110,24 +112,6 @@ class LayerScale(nn.Module):
         return x_BND * self.gamma.to(x_BND.dtype)
 
 
-class DropPath(nn.Module):
-    """Drop a residual branch for whole samples in training (stochastic depth, arXiv:1603.09382)."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
-        """Zero some samples and scale up the others, so that the expectation stays."""
-        if not self.training or self.rate == 0.0:
-            return x
-        samples = x.shape[0] if packing is None else packing.rows
-        keep = torch.rand(samples, *[1] * (x.ndim - 1), device=x.device) >= self.rate
-        if packing is not None:
-            keep = keep[packing.row_P]
-        return x * keep.to(x.dtype).div(1.0 - self.rate)
-
-
 class Branch(nn.Sequential):
     """What a residual branch passes through before it is added: nothing, in most models."""
 
@@ -136,36 +120,19 @@ class Branch(nn.Sequential):
         if layer_scale is not None:
             self.add_module("scale", LayerScale(width, layer_scale))
         if dropout:
-            self.add_module("dropout", nn.Dropout(dropout))
+            self.add_module("dropout", Dropout(dropout))
         if drop_path:
             self.add_module("drop_path", DropPath(drop_path))
 
-    def forward(self, input: Tensor, packing: Packing | None = None) -> Tensor:
-        """Pass x_BND through, or x_PD of a packed batch."""
+    def forward(self, input: Tensor, packing: Packing | None = None, keys_2B: Tensor | None = None) -> Tensor:
+        """Pass x_BND through, or x_PD of a packed batch; the samples' keys are those of dropout and of drop path."""
         for part in self:
-            input = part(input, packing) if isinstance(part, DropPath) else part(input)
+            if isinstance(part, Dropout | DropPath):
+                keys_B = None if keys_2B is None else keys_2B[int(isinstance(part, DropPath))]
+                input = part(input, packing, keys_B)
+            else:
+                input = part(input)
         return input
-
-
-class PatchDropout(nn.Module):
-    """Keep a random subset of the patches of each image in training (FLIP, arXiv:2212.00794).
-
-    Draws from torch's global generator of the input's device, so it repeats where that generator's state repeats.
-    It sees patches only: a class token is prepended later and so is always kept.
-    """
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """Return x_BKD with K = max(1, ⌊N·(1 - rate)⌋) patches per image; all of them in eval mode."""
-        if not self.training or self.rate == 0.0:
-            return x_BND
-        batch, tokens, width = x_BND.shape
-        keep = max(1, int(tokens * (1.0 - self.rate)))
-        index_BK = torch.rand(batch, tokens, device=x_BND.device).topk(keep, dim=1).indices
-        return x_BND.gather(1, index_BK[:, :, None].expand(-1, -1, width))
 
 
 class Attention(nn.Module):
@@ -259,13 +226,15 @@ class Block(nn.Module):
         keep_BN: Tensor | None = None,
         token: Tensor | int | None = None,
         packing: Packing | None = None,
+        keys_R2B: Tensor | None = None,
     ) -> Tensor:
         """Return x_BND, or with ``token`` only that token of each row, x_B1D, which is all that pooling needs."""
+        keys1_2B, keys2_2B = (None, None) if keys_R2B is None else keys_R2B.unbind()
         attended = self.attn(self.norm1(x_BND), causal=causal, keep_BN=keep_BN, token=token, packing=packing)
         if token is not None:
             x_BND, packing = take_token(x_BND, token, packing), None
-        x_BND, normed_BND = add_and_norm(x_BND, self.branch1(attended, packing), self.norm2)
-        return x_BND + self.branch2(self.mlp(normed_BND), packing)
+        x_BND, normed_BND = add_and_norm(x_BND, self.branch1(attended, packing, keys1_2B), self.norm2)
+        return x_BND + self.branch2(self.mlp(normed_BND), packing, keys2_2B)
 
 
 class Transformer(nn.Module):
@@ -312,6 +281,7 @@ class Transformer(nn.Module):
         keep_BN: Tensor | None = None,
         token: Tensor | int | None = None,
         packing: Packing | None = None,
+        keys_B: Tensor | None = None,
     ) -> Tensor:
         """Run the blocks.
 
@@ -323,10 +293,15 @@ class Transformer(nn.Module):
                 its place among the packed tokens, for each row. The last block then computes no other, which saves
                 three quarters of it, and x_B1D is returned.
             packing: where the tokens lie that are computed at all.
+            keys_B: keys of the samples, int64, from which their noise is drawn; None: from torch's generator.
         """
         last = len(self.blocks) - 1
+        keys_LR2B = None
+        if keys_B is not None:  # of all blocks at once: on a GPU each operation costs a launch
+            keys_LR2B = counted(keys_B, 4 * len(self.blocks), first=1).movedim(-1, 0).unflatten(0, (-1, 2, 2))
         for i, block in enumerate(self.blocks):
             options = {"causal": causal, "keep_BN": keep_BN, "token": token if i == last else None, "packing": packing}
+            options["keys_R2B"] = None if keys_LR2B is None else keys_LR2B[i]
             if self.checkpoint_activations and self.training:
                 x_BND = checkpoint(block, x_BND, use_reentrant=False, **options)
             else:

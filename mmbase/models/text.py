@@ -16,12 +16,17 @@ from torch import Tensor, nn
 from torch.export import register_dataclass
 
 from mmbase.errors import MmbaseError
+from mmbase.keyed import draw
 from mmbase.models.config import TextConfig
 from mmbase.models.initialised import Embedding, Linear, normal_parameter
 from mmbase.models.layers import LayerNorm, Transformer, project_token, unit_length
+from mmbase.models.noise import Dropout
 from mmbase.models.packing import Packed, Packing
 
 __all__ = ["PackedText", "TextConfig", "TextTransformer"]
+
+_DROPOUT = -1
+"""Place of a text's key; the blocks take those from 1 on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +60,7 @@ class TextTransformer(nn.Module):
         width, std = config.width, config.width**-0.5
         self.token_embedding = Embedding(config.vocab_size, width, std=0.02)
         self.positional_embedding = normal_parameter(config.context_length, width, std=0.01)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.transformer = Transformer(
             width,
             config.layers,
@@ -74,7 +79,7 @@ class TextTransformer(nn.Module):
             Linear(width, embed_dim, bias=config.projection_bias, std=std) if config.projection else nn.Identity()
         )
 
-    def forward(self, text: Tensor | PackedText, *, normalize: bool = False) -> Tensor:
+    def forward(self, text: Tensor | PackedText, *, normalize: bool = False, keys_B: Tensor | None = None) -> Tensor:
         """Token ids, at most context_length of them, to features_BE.
 
         Fewer than context_length tokens take the first positions. With a causal tower and eot or eos pooling that
@@ -84,29 +89,32 @@ class TextTransformer(nn.Module):
             text: ids_BT, or what `pack` makes of them, which has the same features and gradients with less work. Ids on
                 a CPU are packed here where that can be; elsewhere padding is computed too.
             normalize: features of unit length, in float32.
+            keys_B: int64, a key for each text to draw its noise in training from; None: torch's generator.
 
         Raises:
             MmbaseError: texts longer than context_length.
         """
         if isinstance(text, PackedText):
-            return self._encode_packed(text, normalize)
+            return self._encode_packed(text, normalize, keys_B)
         length = self._checked_length(text)
         token, keep_BT = self._pooled_token(text), self._keep(text)
         if _packable(text) and (packed := self._pack(text, token, keep_BT)) is not None:
-            return self._encode_packed(packed, normalize)
-        x_BTD = self.dropout(self.token_embedding(text) + self.positional_embedding[:length])
-        x_BTD = self.transformer(x_BTD, causal=self.config.causal, keep_BN=keep_BT, token=token)
+            return self._encode_packed(packed, normalize, keys_B)
+        x_BTD = self.token_embedding(text) + self.positional_embedding[:length]
+        x_BTD = self.dropout(x_BTD, None, None if keys_B is None else draw(keys_B, _DROPOUT))
+        x_BTD = self.transformer(x_BTD, causal=self.config.causal, keep_BN=keep_BT, token=token, keys_B=keys_B)
         if token is not None:
             return project_token(x_BTD, self.norm, self.proj, normalize=normalize)
         weight_BT1 = (text != self.config.pad_id).to(x_BTD.dtype)[:, :, None]
         features_BE = self.proj((self.norm(x_BTD) * weight_BT1).sum(1) / weight_BT1.sum(1).clamp(min=1))
         return unit_length(features_BE) if normalize else features_BE
 
-    def _encode_packed(self, text: PackedText, normalize: bool) -> Tensor:
+    def _encode_packed(self, text: PackedText, normalize: bool, keys_B: Tensor | None) -> Tensor:
         """The features_BE, computed from the packed tokens alone."""
         packing = text.packing
         x_PD = self.token_embedding(text.text_P) + F.embedding(packing.position_P, self.positional_embedding)
-        x_PD = self.transformer(self.dropout(x_PD), causal=self.config.causal, token=text.token_B, packing=packing)
+        x_PD = self.dropout(x_PD, packing, None if keys_B is None else draw(keys_B, _DROPOUT))
+        x_PD = self.transformer(x_PD, causal=self.config.causal, token=text.token_B, packing=packing, keys_B=keys_B)
         if text.token_B is not None:
             return project_token(x_PD, self.norm, self.proj, normalize=normalize)
         features_BE = self.proj(packing.means(self.norm(x_PD), text.text_P != self.config.pad_id))

@@ -12,15 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from mmbase.errors import MmbaseError
+from mmbase.keyed import draw
 from mmbase.models.attention_pool import AttentionPool
 from mmbase.models.config import VisionConfig
 from mmbase.models.initialised import Linear, normal_parameter
-from mmbase.models.layers import LayerNorm, PatchDropout, Transformer, project_token, unit_length
+from mmbase.models.layers import LayerNorm, Transformer, project_token, unit_length
+from mmbase.models.noise import Dropout, PatchDropout
 from mmbase.models.packing import Packing
 from mmbase.models.positions import resize_grid, sincos_2d
 from mmbase.models.stem import ConvStem, PatchEmbed
 
 __all__ = ["VisionConfig", "VisionTransformer"]
+
+_DROPOUT, _PATCH_DROPOUT = -1, -2
+"""Places of an image's key; the blocks take those from 1 on."""
 
 
 class VisionTransformer(nn.Module):
@@ -40,7 +45,7 @@ class VisionTransformer(nn.Module):
         self.class_embedding = normal_parameter(width, std=std) if config.class_token else None
         self.positional_embedding = self._position_table()
         self.patch_dropout = PatchDropout(config.patch_dropout)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.norm_pre = LayerNorm(width, eps=config.norm_eps) if config.norm_pre else nn.Identity()
         self.transformer = Transformer(
             width,
@@ -65,7 +70,9 @@ class VisionTransformer(nn.Module):
             Linear(width, embed_dim, bias=config.projection_bias, std=std) if config.projection else nn.Identity()
         )
 
-    def forward(self, images: Tensor | Sequence[Tensor], *, normalize: bool = False) -> Tensor:
+    def forward(
+        self, images: Tensor | Sequence[Tensor], *, normalize: bool = False, keys_B: Tensor | None = None
+    ) -> Tensor:
         """Normalised pixels to features_BE.
 
         Another size than the config's is taken as it is: the position embedding is resampled to its patch grid.
@@ -76,30 +83,35 @@ class VisionTransformer(nn.Module):
                 cropped or padded, and features and gradients are those of the images one by one, to rounding. Only a
                 stem with batch normalisation, in training, takes its statistics over the images of one size.
             normalize: features of unit length, in float32.
+            keys_B: int64, a key for each image to draw its noise in training from; None: torch's generator.
 
         Raises:
             MmbaseError: no images; one that is not [3, H, W], is smaller than a patch, or lies on another device.
         """
-        x, packing = (self.embed(images), None) if isinstance(images, Tensor) else self.embed_packed(images)
+        if isinstance(images, Tensor):
+            x, packing = self.embed(images, keys_B), None
+        else:
+            x, packing = self.embed_packed(images, keys_B)
         x = self.norm_pre(x)
         if self.config.pool == "class":
             token = 0 if packing is None else packing.start_B
-            x_B1D = self.transformer(x, token=token, packing=packing)
+            x_B1D = self.transformer(x, token=token, packing=packing, keys_B=keys_B)
             return project_token(x_B1D, self.norm, self.proj, normalize=normalize)
-        features_BE = self.proj(self._pool(self.transformer(x, packing=packing), packing))
+        features_BE = self.proj(self._pool(self.transformer(x, packing=packing, keys_B=keys_B), packing))
         return unit_length(features_BE) if normalize else features_BE
 
-    def embed(self, image_BCHW: Tensor) -> Tensor:
+    def embed(self, image_BCHW: Tensor, keys_B: Tensor | None = None) -> Tensor:
         """Stem, position embedding, patch dropout, class token: x_BND, the class token first."""
         x_BND, grid_hw = self.stem(image_BCHW)
         positions_ND = resize_grid(self.positional_embedding, self.grid_hw, grid_hw).to(x_BND.dtype)
+        drop, keep = (None, None) if keys_B is None else (draw(keys_B, _DROPOUT), draw(keys_B, _PATCH_DROPOUT))
         if self.class_embedding is None:
-            return self.dropout(self.patch_dropout(x_BND + positions_ND))
-        x_BKD = self.patch_dropout(x_BND + positions_ND[1:])
+            return self.dropout(self.patch_dropout(x_BND + positions_ND, keep), None, drop)
+        x_BKD = self.patch_dropout(x_BND + positions_ND[1:], keep)
         class_D = self.class_embedding.to(x_BND.dtype) + positions_ND[0]
-        return self.dropout(torch.cat([class_D.expand(x_BKD.shape[0], 1, -1), x_BKD], dim=1))
+        return self.dropout(torch.cat([class_D.expand(x_BKD.shape[0], 1, -1), x_BKD], dim=1), None, drop)
 
-    def embed_packed(self, images: Sequence[Tensor]) -> tuple[Tensor, Packing]:
+    def embed_packed(self, images: Sequence[Tensor], keys_B: Tensor | None = None) -> tuple[Tensor, Packing]:
         """`embed` of images_CHW of several sizes: x_PD, image after image, and where they lie.
 
         Images of one size are embedded together. Patch dropout shortens each image's part. In a compiled graph the
@@ -110,7 +122,10 @@ class VisionTransformer(nn.Module):
         cropped = [self.stem.crop(image_CHW) for image_CHW in images]
         for row, image_CHW in enumerate(cropped):
             groups.setdefault(image_CHW.shape, []).append(row)
-        parts = [(rows, self.embed(torch.stack([cropped[row] for row in rows]))) for rows in groups.values()]
+        parts = [
+            (rows, self.embed(torch.stack([cropped[row] for row in rows]), None if keys_B is None else keys_B[rows]))
+            for rows in groups.values()
+        ]
         parts.sort(key=lambda part: part[1].shape[1])
         order = [row for rows, _ in parts for row in rows]
         lengths = [x_BKD.shape[1] for rows, x_BKD in parts for _ in rows]

@@ -225,6 +225,19 @@ def test_report_for_people(folder, tmp_path):
     print_report(report, Console(file=io.StringIO(), width=40, force_terminal=True))
 
 
+def test_hostile_texts_are_shown_as_text(tmp_path):
+    hostile = "[bold]\x1b[31mred[/nope] \ud800 half"
+    fields = {"caption": "x", hostile: hostile, "wide": hostile}
+    good = [("a.jpg", jpeg(0)), ("a.json", json.dumps(fields).encode())]
+    bad = [(f"{hostile}.jpg".replace("\ud800", "\udcff"), b"junk"), (f"{hostile}.txt".replace("\ud800", ""), b"x")]
+    write_tar(tmp_path / "0.tar", good + bad)
+    report = check_shards([str(tmp_path)], CheckOptions(seconds=2))
+    out = io.StringIO()
+    print_report(report, Console(file=out, width=200))
+    told = out.getvalue().encode().decode()  # half a character could not be written
+    assert "[bold]\N{REPLACEMENT CHARACTER}[31mred[/nope]" in told and "\x1b" not in told
+
+
 def test_kinds_of_reasons():
     reason = "the picture of 812 bytes is corrupt or truncated: image file is truncated (3 bytes not processed)"
     assert kind_of(reason) == "corrupt or truncated: image file is truncated (N bytes not processed)"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from itertools import islice
+from pathlib import Path
 
 import pytest
 
@@ -67,8 +68,9 @@ def stop_while(stream, number, idle):
 
 
 def test_a_stuck_worker_is_told_within_the_timeout(shards):
-    stream = open_loader(shards, timeout=1.0, image_size=256)
+    stream = open_loader(shards, image_size=256)
     next(stream)
+    stream._pool.timeout = 1.0  # only now: a busy machine may take longer to start them
     stop_while(stream, 0, idle=False)
     processes = stream._pool.processes()
     message = rf"worker 0 \(process {processes[0]}\) has not moved for [\d]+ s while \w+ sample \d+ of '.*\.tar'"
@@ -78,8 +80,9 @@ def test_a_stuck_worker_is_told_within_the_timeout(shards):
 
 
 def test_workers_stopped_while_they_wait_are_told_too(shards):
-    stream = open_loader(shards, timeout=1.0)
+    stream = open_loader(shards)
     next(stream)
+    stream._pool.timeout = 1.0
     for number in range(2):
         stop_while(stream, number, idle=True)
     with pytest.raises(MmbaseError, match=r"data workers have not moved for \d+ s while \d+ pieces of work wait"):
@@ -155,6 +158,31 @@ def test_closing_ends_the_workers_and_so_does_forgetting(shards):
     assert gone(processes)
 
 
+def open_tars():
+    files = Path("/proc/self/fd").iterdir()
+    return [link for file in files if (link := os.path.realpath(file)).endswith(".tar")]
+
+
+def test_closing_closes_the_shards_and_so_does_forgetting(shards):
+    stream = open_loader(shards, workers=0)
+    next(stream)
+    assert len(open_tars()) == 3
+    stream.close()
+    assert not open_tars()
+    stream = open_loader(shards, workers=0)
+    next(stream)
+    del stream
+    assert not open_tars()
+
+
+def test_workers_do_not_import_what_lies_in_the_working_folder(shards, tmp_path, monkeypatch):
+    for name in ("mmbase", "torch", "pickle"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('shadowed')\n")
+    monkeypatch.chdir(tmp_path)
+    with open_loader(shards) as stream:
+        assert len(next(stream)["key"]) == stream.batch_size
+
+
 class Broken(type(TOKENIZER)):
     kind = "broken for a test"
 
@@ -200,12 +228,23 @@ def test_an_error_of_the_data_is_raised_as_one(shards, tmp_path):
         ({"rank": 2, "world_size": 2}, "rank=2 of world_size=2: ranks count from 0"),
         ({"start": -5}, "start=-5 must be at least 0"),
         ({"prefetch": 0}, "prefetch=0 must be at least 1"),
+        ({"batch_size": 2.5}, "batch_size=2.5 is no whole number"),
+        ({"seed": -1}, "seed=-1 must be a whole number from 0"),
+        ({"image_size": 0}, "image_size=0 must be a side in pixels"),
+        ({"image_size": (16,)}, r"image_size=\(16,\) must be a side in pixels"),
+        ({"crop_scale": (1, 0.5)}, r"crop_scale=\(1, 0.5\) must be a range within 0 to 1"),
+        ({"crop_ratio": (0, 0)}, r"crop_ratio=\(0, 0\) must be a range above 0"),
+        ({"alpha": "grey"}, "alpha='grey' is none of 'keep', 'drop', 'white', 'black'"),
+        ({"decode": "slow"}, "decode='slow' is none of 'fast', 'exact'"),
+        ({"weights": [float("nan")]}, "no finite number: nan"),
         ({"errors": "skip"}, "errors='skip' is neither"),
         ({"tokenizer": "ViT-B-33"}, "did you mean 'ViT-B-32'"),
         ({"batch_size": 49}, "batch_size=49 is larger than the 48 samples"),
         ({"captions": ["plain"]}, "names no field"),
         ({"captions": ["{open"]}, "malformed"),
         ({"filters": ["similarity>=0.3"]}, "similarity"),
+        ({"cache": {"max_bytes": 5}}, "'max_bytes': 5.* is no cache: max_bytes: Input should be greater than"),
+        ({"cache": {"max_byte": 5}}, "is no cache: max_byte: Extra inputs"),
         ({"weights": [1, 2]}, "a mixture of 1 sources needs as many weights, not 2"),
     ],
 )

@@ -14,7 +14,8 @@ from mmbase.errors import MmbaseError
 from mmbase.models.attention_pool import AttentionPool
 from mmbase.models.clip import CLIP, CLIPConfig
 from mmbase.models.config import TextConfig, VisionConfig
-from mmbase.models.layers import Block, DropPath, PatchDropout, Transformer, attention
+from mmbase.models.layers import Block, Transformer, attention
+from mmbase.models.noise import DropPath, PatchDropout
 
 from .shrunk import randomise, relative
 

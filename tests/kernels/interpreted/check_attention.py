@@ -136,6 +136,15 @@ def test_inputs_that_are_not_contiguous_or_aligned():
     assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
+def test_boundaries_that_are_not_contiguous():
+    lengths = [9, 0, 70, 33]
+    qkv, grad = qkv_and_gradient((sum(lengths),), 2, 32, torch.float32)
+    apart = torch.stack([boundaries(lengths), boundaries([1, 2, 3, 4])], dim=1)[:, 0]
+    assert not apart.is_contiguous()
+    for causal in (False, True):
+        assert_close_to_float64(qkv, grad, impl="triton", cu_seqlens=apart, max_seqlen=70, causal=causal)
+
+
 def test_nothing_to_do():
     for shape, options in (((0, 5), {}), ((3, 0), {}), ((0,), {"cu_seqlens": boundaries([0, 0])})):
         qkv, grad = qkv_and_gradient(shape, 2, 64, torch.float16)

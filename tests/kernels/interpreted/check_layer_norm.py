@@ -181,6 +181,28 @@ def test_compiles_as_one_graph(dynamic, add):
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.parametrize("used", [0, 1], ids=["sum", "normed"])
+@pytest.mark.parametrize("returned", ["one", "both"])
+def test_compiles_where_one_output_is_used(used, returned):
+    """The other's gradient is None in eager mode, and zeros where a compiled graph returns both."""
+    torch._dynamo.reset()
+    case = norm_case((4,), 20, torch.float32, add=True)
+
+    def function(*leaves):
+        outs = add_layer_norm(*leaves, impl="triton")
+        return outs if returned == "both" else outs[used]
+
+    def run(f):
+        leaves = [leaf.detach().requires_grad_() for leaf in case.leaves]
+        out = f(*leaves)
+        out = out[used] if returned == "both" else out
+        return [out, *torch.autograd.grad(out, leaves, case.grads[used], materialize_grads=True)]
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for got, want in zip(run(compiled), run(function), strict=True):
+        assert torch.equal(got, want)
+
+
 def test_exports():
     class Layer(torch.nn.Module):
         def forward(self, x, branch, weight, bias):
