@@ -1,13 +1,10 @@
-"""One rank of the tests over gloo: runs every case, saves what it found. Started by test_distributed.py, once per rank.
+"""One rank of the tests over gloo: runs every case, saves what it found. Started by test_distributed.py.
 
-python gloo_worker.py RANK WORLD_SIZE FOLDER
+python gloo_worker.py FOLDER WORLD [WORLD ...]
 """
 
 import datetime
 import importlib.util
-import multiprocessing
-import multiprocessing.connection
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -295,7 +292,6 @@ def other_cases(rank, world):
 
 
 def run_rank(rank, world, folder):
-    torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=(folder / f"rendezvous{world}").as_uri(),
@@ -317,23 +313,7 @@ def run_rank(rank, world, folder):
     dist.destroy_process_group()
 
 
-def main():
-    """Fork each world's ranks from this process, which has imported everything once; stop at the first that fails."""
-    folder, worlds = Path(sys.argv[1]), map(int, sys.argv[2:])
-    context = multiprocessing.get_context("fork")
-    for world in worlds:
-        ranks = [context.Process(target=run_rank, args=(rank, world, folder)) for rank in range(world)]
-        for process in ranks:
-            process.start()
-        running = list(ranks)
-        while running and not any(process.exitcode for process in ranks):
-            multiprocessing.connection.wait([process.sentinel for process in running])
-            running = [process for process in ranks if process.exitcode is None]
-        for process in ranks:
-            process.kill()
-        if any(process.exitcode for process in ranks if process not in running):
-            sys.exit(f"a rank of {world} failed")
-
-
 if __name__ == "__main__":
-    main()
+    from worlds import main
+
+    main(run_rank)

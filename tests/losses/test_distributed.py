@@ -1,10 +1,5 @@
 """The losses over 1, 2 and 4 processes: equal to one process with the whole batch, and to OpenCLIP's own classes."""
 
-import functools
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,35 +10,16 @@ import torch.nn.functional as F
 from mmbase.losses import distributed_clip_loss, distributed_sigmoid_loss
 from mmbase_kernels import clip_loss, sigmoid_loss
 
-WORKER = Path(__file__).with_name("gloo_worker.py")
-ROOT = Path(__file__).parents[2]
-WORLDS = (1, 2, 4)
+from ..worlds import run_worker
+from . import gloo_worker as worker
 
-spec = importlib.util.spec_from_file_location("gloo_worker", WORKER)
-worker = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(worker)
+WORLDS = (1, 2, 4)
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """``ranks(world_size)``: what every rank found, from one start of all processes."""
-    folder = tmp_path_factory.mktemp("gloo")
-    path = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(WORKER), str(folder), *map(str, WORLDS)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, path))},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-
-    @functools.cache
-    def of(world):
-        return [torch.load(folder / f"{rank} of {world}.pt") for rank in range(world)]
-
-    return of
+    return run_worker(Path(worker.__file__), tmp_path_factory.mktemp("gloo"), WORLDS, timeout=240)
 
 
 def float64_loss(kind, images, texts, scale, bias, ids, smoothing):

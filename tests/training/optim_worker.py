@@ -5,10 +5,6 @@ python optim_worker.py FOLDER WORLD [WORLD ...]
 
 from __future__ import annotations
 
-import multiprocessing
-import multiprocessing.connection
-import os
-import sys
 from pathlib import Path
 
 import torch
@@ -176,17 +172,7 @@ def mapped_matrices(ranks: Ranks) -> list[torch.Tensor]:
     return found
 
 
-def run_rank(rank: int, world: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }
+def run_rank(rank: int, world: int, folder: Path) -> None:
     with open_ranks("cpu", timeout=120) as ranks:
         found: dict[str, object] = {}
         if world == 4:  # as if on two machines
@@ -199,24 +185,7 @@ def run_rank(rank: int, world: int, port: int, folder: Path) -> None:
         torch.save(found, folder / f"{rank} of {world}.pt")
 
 
-def main() -> None:
-    """Fork each world's ranks from this process, which has imported everything once; stop at the first that fails."""
-    folder, worlds = Path(sys.argv[1]), map(int, sys.argv[2:])
-    context = multiprocessing.get_context("fork")
-    for world in worlds:
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        ranks = [context.Process(target=run_rank, args=(rank, world, store.port, folder)) for rank in range(world)]
-        for process in ranks:
-            process.start()
-        running = list(ranks)
-        while running and not any(process.exitcode for process in ranks):
-            multiprocessing.connection.wait([process.sentinel for process in running])
-            running = [process for process in ranks if process.exitcode is None]
-        for process in ranks:
-            process.kill()
-        if any(process.exitcode for process in ranks if process not in running):
-            sys.exit(f"a rank of {world} failed")
-
-
 if __name__ == "__main__":
-    main()
+    from worlds import main
+
+    main(run_rank)

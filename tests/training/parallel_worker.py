@@ -6,14 +6,9 @@ python parallel_worker.py FOLDER WORLD [WORLD ...]
 from __future__ import annotations
 
 import functools
-import multiprocessing
-import multiprocessing.connection
-import os
-import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from mmbase.losses.contrastive import ContrastiveLoss
 from mmbase.models.clip import CLIP
@@ -179,18 +174,8 @@ def other_cases(ranks: Ranks) -> dict[str, object]:
     return found
 
 
-def run_rank(rank: int, world: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
+def run_rank(rank: int, world: int, folder: Path) -> None:
     torch.compile = functools.partial(torch.compile, backend="aot_eager")  # no C++ compiler is asked for
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }
     with open_ranks("cpu", timeout=120) as ranks:
         machines = Ranks(rank, world, rank % 2, 2, ranks.device, ranks.store)  # as if of two ranks each
         found: dict[str, object] = {
@@ -201,25 +186,7 @@ def run_rank(rank: int, world: int, port: int, folder: Path) -> None:
         torch.save(found, folder / f"{rank} of {world}.pt")
 
 
-def main() -> None:
-    """Fork each world's ranks from this process, which has imported everything once; stop at the first that fails."""
-    folder, worlds = Path(sys.argv[1]), map(int, sys.argv[2:])
-    context = multiprocessing.get_context("fork")
-    for world in worlds:
-        with torch.random.fork_rng():
-            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        ranks = [context.Process(target=run_rank, args=(rank, world, store.port, folder)) for rank in range(world)]
-        for process in ranks:
-            process.start()
-        running = list(ranks)
-        while running and not any(process.exitcode for process in ranks):
-            multiprocessing.connection.wait([process.sentinel for process in running])
-            running = [process for process in ranks if process.exitcode is None]
-        for process in ranks:
-            process.kill()
-        if any(process.exitcode for process in ranks if process not in running):
-            sys.exit(f"a rank of {world} failed")
-
-
 if __name__ == "__main__":
-    main()
+    from worlds import main
+
+    main(run_rank)

@@ -1,17 +1,11 @@
 """AdamW, Muon, their skipped steps, locks, averages and keyed noise over ranks: the weights of one process."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-
-import optim_worker  # noqa: E402
+from ..worlds import run_worker
+from . import optim_worker
 
 pytestmark = pytest.mark.slow
 
@@ -21,14 +15,8 @@ WORLDS = (1, 2, 3, 4)
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What each rank of each world saved."""
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, str(HERE / "optim_worker.py"), str(folder), *map(str, WORLDS)]
-    path = os.pathsep.join(filter(None, sys.path))
-    result = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return {(rank, world): torch.load(folder / f"{rank} of {world}.pt") for world in WORLDS for rank in range(world)}
+    of = run_worker(Path(optim_worker.__file__), tmp_path_factory.mktemp("ranks"), WORLDS, timeout=240)
+    return {(rank, world): saved for world in WORLDS for rank, saved in enumerate(of(world))}
 
 
 PAIRS = [(case, 2) for case in optim_worker.CASES] + [(case, 3) for case in optim_worker.UNEVEN] + [("hsdp, muon", 4)]

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,39 +15,19 @@ from mmbase.training.distributed import Ranks
 from mmbase.training.parallel import Parallel, choose_kind
 from mmbase.training.parallel_config import ParallelConfig
 
+from ..worlds import run_worker
+from . import parallel_worker as worker
+
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
-WORKER = Path(__file__).with_name("parallel_worker.py")
 WORLDS = (2, 4)
 gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch was built without gloo")
-
-spec = importlib.util.spec_from_file_location("training_parallel_worker", WORKER)
-assert spec is not None and spec.loader is not None
-worker = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(worker)
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """``ranks(world)``: what every rank found, from one start of all processes."""
-    folder = tmp_path_factory.mktemp("ranks")
-    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(WORKER), str(folder), *map(str, WORLDS)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-
-    @functools.cache
-    def of(world):
-        return [torch.load(folder / f"{rank} of {world}.pt") for rank in range(world)]
-
-    return of
+    return run_worker(Path(worker.__file__), tmp_path_factory.mktemp("ranks"), WORLDS, timeout=600)
 
 
 @functools.cache
