@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from mmbase.errors import MmbaseError
@@ -34,7 +33,6 @@ from mmbase.training.checkpoint_state import (
 from mmbase.training.checkpoint_store import Entry, Store, Torn, name_of, read_entry, seal_files, verify
 from mmbase.training.checkpoint_upload import Remote, Uploader
 from mmbase.training.distributed import Ranks
-from mmbase.training.optim import Optimizers, WeightAverage
 
 T = TypeVar("T")
 
@@ -258,6 +256,17 @@ class Checkpointer:
         )
         return Progress(found.step, found.samples, found.seconds)
 
+    def go_back(self, state: TrainState, samples: int, *, mesh: DeviceMesh | None = None) -> Progress:
+        """Put back the newest checkpoint of at most ``samples`` samples; newer ones are removed.
+
+        Raises:
+            MmbaseError: there is none at all, and see :meth:`restore`.
+        """
+        progress = self.restore(state, before=samples, mesh=mesh)
+        if progress is None:
+            raise MmbaseError(f"there is no checkpoint in {str(self.folder)!r} to go back to; start the run anew")
+        return progress
+
     def best(self) -> Path | None:
         """The checkpoint with the highest score, or None where none has one. Sends nothing."""
         scored = [entry for entry in self.store.entries() if entry.score is not None]
@@ -378,7 +387,7 @@ def _silent(line: str) -> None:
     """Ranks other than the first have no console."""
 
 
-# -------------------------------------------------------------------------- weights alone, one-process checkpoints
+# ------------------------------------------------------------------------------------------------------ weights alone
 
 
 def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
@@ -403,89 +412,15 @@ def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
         ) from error
 
 
-def save_checkpoint(
-    folder: Path,
-    model: nn.Module,
-    optimizer: Optimizers,
-    average: WeightAverage | None,
-    progress: Progress,
-    keep: int,
-) -> Path:
-    """Write ``folder/STEP`` (weights, averaged weights, optimiser, random state, progress) and drop the oldest.
-
-    The folder appears under its name only when everything in it is on the disk.
-
-    Raises:
-        MmbaseError: it cannot be written; earlier checkpoints stay as they are.
-    """
-    final = folder / f"{progress.step:08d}"
-    temporary = folder / f".{final.name}.{os.getpid()}"
-    try:
-        temporary.mkdir(parents=True)
-        save_weights(model.state_dict(), temporary / MODEL_FILE)
-        state: dict[str, Any] = {
-            "optimizer": optimizer.state_dict(),
-            "progress": progress._asdict(),
-            "rng": torch.get_rng_state(),
-            "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
-        if average:
-            save_weights(average.averaged, temporary / AVERAGE_FILE)
-            state["average_updates"] = average.updates
-        torch.save(state, temporary / STATE_FILE)
-        _sync(temporary / STATE_FILE)
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.replace(final)
-    except (OSError, RuntimeError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise MmbaseError(
-            f"cannot write the checkpoint {str(final)!r}: {_reason(error)}; free space, then run the same command "
-            "again to resume"
-        ) from error
-    except MmbaseError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
-    return final
-
-
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     return sorted(path for path in folder.glob("[0-9]*") if path.is_dir())
 
 
-def remove_torn(folder: Path) -> None:
-    """Remove what a killed process left half-written."""
-    for path in folder.glob(".*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizers, average: WeightAverage | None) -> Progress:
-    """Restore everything :func:`save_checkpoint` wrote.
-
-    Raises:
-        MmbaseError: a file is damaged or does not fit the configured model.
-    """
-    try:
-        model.load_state_dict(load_file(path / MODEL_FILE))
-        state = torch.load(path / STATE_FILE, weights_only=True, map_location="cpu")
-        optimizer.load_state_dict(state["optimizer"])
-        if average:
-            saved = load_file(path / AVERAGE_FILE)
-            for name, value in average.averaged.items():
-                value.copy_(saved[name])
-            average.updates = state["average_updates"]
-    except Exception as error:  # the readers raise kinds of their own
-        raise MmbaseError(
-            f"the checkpoint {str(path)!r} cannot be read: {_reason(error)}; remove that folder to resume from the one "
-            "before, or choose another output="
-        ) from error
-    torch.set_rng_state(state["rng"])
-    if state["rng_cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["rng_cuda"])
-    return Progress(**state["progress"])
+def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The weights that a checkpoint is evaluated by: averaged ones where it has them."""
+    average = checkpoint / AVERAGE_FILE
+    return load_file(average if average.exists() else checkpoint / MODEL_FILE)
 
 
 def _sync(path: Path) -> None:
