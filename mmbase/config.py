@@ -77,7 +77,8 @@ class RunConfig(BaseModel):
     seed: int = Field(0, ge=0, description="of weights, order and augmentation")
     device: str = Field("auto", description="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
     devices: int | Literal["auto"] | None = Field(
-        None, description="processes started on this machine; auto: one per GPU; null: one, or those of torchrun or srun"
+        None,
+        description="processes to start on this machine; auto: one per GPU; null: one, or those of a launcher",
     )
     model: ModelConfig = Field(default_factory=ModelConfig, description="the towers")
     preprocess: PreprocessConfig = Field(
@@ -87,7 +88,9 @@ class RunConfig(BaseModel):
     data: DataConfig = Field(description="what is trained on")
     augment: AugmentConfig = Field(default_factory=AugmentConfig, description="how pictures are varied")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="loop, optimiser, schedule")
-    tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="where numbers go beside metrics.jsonl")
+    tracking: TrackingConfig = Field(
+        default_factory=TrackingConfig, description="where numbers go, beside metrics.jsonl"
+    )
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="what is measured at the end")
 
     @model_validator(mode="after")

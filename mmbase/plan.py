@@ -293,4 +293,3 @@ def _setup(config: RunConfig, gpus: int, name: str, kind: Kind | None, micro_bat
         config.training.checkpoint_activations,
         config.training.reshard_after_forward,
     )
-

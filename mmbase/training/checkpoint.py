@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
 import time
 import warnings
@@ -33,10 +31,11 @@ from mmbase.training.checkpoint_state import (
 from mmbase.training.checkpoint_store import Entry, Store, Torn, name_of, read_entry, seal_files, verify
 from mmbase.training.checkpoint_upload import Remote, Uploader
 from mmbase.training.distributed import Ranks
+from mmbase.training.weights import AVERAGE_FILE, MODEL_FILE, reason_of
 
 T = TypeVar("T")
 
-MODEL_FILE, AVERAGE_FILE, STATE_FILE, SHARDS = "model.safetensors", "average.safetensors", "state.pt", "shards"
+STATE_FILE, SHARDS = "state.pt", "shards"
 
 
 class Progress(NamedTuple):
@@ -159,7 +158,7 @@ class Checkpointer:
                 temporary = self.store.begin(entry.step)
                 _write_parts(taken, temporary)
         except Exception as error:  # writers raise kinds of their own
-            reason = _reason(error)
+            reason = reason_of(error)
         if several:
             temporary, reason = self._agreement.first_says((temporary, reason))
         if taken.shards and temporary and not reason:
@@ -172,7 +171,7 @@ class Checkpointer:
                 entry = entry._replace(files=seal_files(temporary, names))
                 self.store.commit(temporary, entry)
             except OSError as error:
-                reason = _reason(error)
+                reason = reason_of(error)
         if reason:
             if temporary:
                 self.store.abandon(temporary)
@@ -189,7 +188,7 @@ class Checkpointer:
             group = self._agreement.group
             dcp.save(dict(taken.shards), storage_writer=writer, process_group=group, no_dist=group is None)
         except Exception as error:  # CheckpointException of whichever rank it was
-            return _reason(error)
+            return reason_of(error)
         return None
 
     def _has_room(self, taken: Taken) -> None:
@@ -212,7 +211,7 @@ class Checkpointer:
         try:
             self.store.prune(self.policy, self._uploader.protected if self._uploader else ())
         except OSError as error:
-            self._tell(f"old checkpoints cannot be removed: {_reason(error)}")
+            self._tell(f"old checkpoints cannot be removed: {reason_of(error)}")
 
     # ------------------------------------------------------------------------------------------------------- restore
 
@@ -238,7 +237,9 @@ class Checkpointer:
             try:
                 found = self._newest_whole(before)
             except Exception as error:  # file systems of copies raise kinds of their own; the others must hear of it
-                mine = f"cannot look for checkpoints in {str(self.folder)!r}: {_reason(error)}; mend that and run again"
+                mine = (
+                    f"cannot look for checkpoints in {str(self.folder)!r}: {reason_of(error)}; mend that and run again"
+                )
                 found = error if isinstance(error, MmbaseError) else MmbaseError(mine)
         found = self._agreement.first_says(found)
         if isinstance(found, MmbaseError):
@@ -366,7 +367,7 @@ class Checkpointer:
         try:
             result = act()
         except Exception as error:  # readers and parts raise kinds of their own
-            reason = _reason(error)
+            reason = reason_of(error)
         if reason := next(filter(None, self._agreement.gather(reason)), None):
             raise MmbaseError(
                 f"{mistake}: {reason}; restore the configuration it was made with, or choose another output="
@@ -385,55 +386,3 @@ def _write_parts(taken: Taken, folder: Path) -> None:
 
 def _silent(line: str) -> None:
     """Ranks other than the first have no console."""
-
-
-# ------------------------------------------------------------------------------------------------------ weights alone
-
-
-def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Write tensors as safetensors, through a temporary file beside ``path`` that replaces it at the end.
-
-    Raises:
-        MmbaseError: the disk is full or the folder cannot be written; nothing is left behind.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file({name: value.detach().contiguous().cpu() for name, value in weights.items()}, temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # safetensors makes files that only their owner reads
-        _sync(temporary)
-        temporary.replace(path)
-    except Exception as error:  # safetensors raises its own kind for an OSError
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise MmbaseError(
-            f"cannot write {str(path)!r}: {_reason(error)}; free space or choose another output="
-        ) from error
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("[0-9]*") if path.is_dir())
-
-
-def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The weights that a checkpoint is evaluated by: averaged ones where it has them."""
-    average = checkpoint / AVERAGE_FILE
-    return load_file(average if average.exists() else checkpoint / MODEL_FILE)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _reason(error: BaseException) -> str:
-    """In a few words, those of the system where an error of it lies at the bottom."""
-    cause: BaseException | None = error
-    while cause:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    text = str(error).strip().splitlines()[0] if str(error).strip() else ""
-    return text or type(error).__name__

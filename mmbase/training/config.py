@@ -63,8 +63,8 @@ class TrainingConfig(ParallelConfig):
     )
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = Field(
         "auto",
-        description="auto: bf16 autocast where the device multiplies bf16 in hardware, else fp32; fp16 scales the loss; "
-        "fp8: linear layers of the blocks by torchao",
+        description="auto: bf16 autocast where the device multiplies bf16 in hardware, else fp32; fp16 scales the "
+        "loss; fp8: linear layers of the blocks by torchao",
     )
     curriculum: list[Schedule] = Field(
         default_factory=list,
@@ -78,10 +78,12 @@ class TrainingConfig(ParallelConfig):
         False, description="start both output projections' biases so that the first batch's features have mean zero"
     )
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
-    checkpoints: CheckpointConfig = Field(default_factory=CheckpointConfig, description="when they are written, and kept")
+    checkpoints: CheckpointConfig = Field(default_factory=CheckpointConfig, description="when, and which stay")
     guard: GuardConfig = Field(default_factory=GuardConfig, description="what is done about losses that go wrong")
     evaluate_every: int | None = Field(
-        None, ge=1, description="samples between evaluations while training, on evaluation.tasks; null: at the end alone"
+        None,
+        ge=1,
+        description="samples between evaluations in training, of evaluation.tasks; null: at the end alone",
     )
     patience: int | None = Field(
         None,

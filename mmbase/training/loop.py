@@ -26,7 +26,7 @@ from mmbase.training.agreement import Agreement
 from mmbase.training.augmented import Augmented, center_projections
 from mmbase.training.batches import Feed
 from mmbase.training.big_batch import contrastive_step
-from mmbase.training.checkpoint import Checkpointer, Progress, weights_of
+from mmbase.training.checkpoint import Checkpointer, Progress
 from mmbase.training.checkpoint_state import TrainState
 from mmbase.training.curriculum import Curriculum
 from mmbase.training.distributed import Ranks
@@ -41,6 +41,7 @@ from mmbase.training.precision import LossScaler, Precision, use_fp8
 from mmbase.training.schedule import learning_rate_factor
 from mmbase.training.statistics import RunningStatistics
 from mmbase.training.tracker import open_tracker
+from mmbase.training.weights import weights_of
 
 
 def train_loop(
