@@ -86,8 +86,9 @@ def test_folder_is_complete_and_loads(recipe, tmp_path):
 
 def test_sigterm_leaves_a_checkpoint_and_the_code_for_again(recipe, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finish(command(recipe, f"output={whole}", "evaluation.tasks=[]"))
-    process = command(recipe, f"output={broken}", "evaluation.tasks=[]", "training.checkpoints.every_samples=null")
+    long = ["evaluation.tasks=[]", "training.steps=80", "training.checkpoints.every_samples=null"]
+    finish(command(recipe, f"output={whole}", *long))
+    process = command(recipe, f"output={broken}", *long)
     deadline = time.monotonic() + 240
     while not (broken / "metrics.jsonl").exists() or not rows(broken):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
@@ -96,7 +97,7 @@ def test_sigterm_leaves_a_checkpoint_and_the_code_for_again(recipe, tmp_path):
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 75 and "stopped by SIGTERM" in output, output
     assert not (broken / "model.safetensors").exists()
-    finish(command(recipe, f"output={broken}", "evaluation.tasks=[]"))
+    finish(command(recipe, f"output={broken}", *long))
     assert (whole / "model.safetensors").read_bytes() == (broken / "model.safetensors").read_bytes()
 
 
