@@ -83,6 +83,7 @@ def test_two_ranks_that_were_stopped_go_on_as_one(recipe, tmp_path):
     same(run, whole, tolerance=1e-4)
 
 
+@pytest.mark.slow
 def test_a_mistake_on_ranks_is_one_line(recipe):
     output = finish(start(recipe, "training.batch_size=9", "devices=2"), code=2)
     assert "a batch of 9 pairs cannot be divided among 2 ranks" in output and "Traceback" not in output
