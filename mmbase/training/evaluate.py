@@ -129,6 +129,7 @@ class Evaluation:
         average: whose weights are measured where a run averages them.
         every: samples between evaluations; None: there are none.
         patience: evaluations without a better score after which the run is :attr:`over`; None: it never is.
+        report: gets a line of each evaluation, and of the end for want of a better score.
     """
 
     def __init__(
@@ -139,7 +140,9 @@ class Evaluation:
         *,
         every: int | None,
         patience: int | None,
+        report: Callable[[str], None] = print,
     ) -> None:
+        self._report = report
         self.measure, self.model, self.average = measure, model, average
         self.every, self.patience = every if measure else None, patience
         self.best: float | None = None
@@ -154,8 +157,8 @@ class Evaluation:
         """Whether a step from ``before`` samples to ``after`` is followed by an evaluation, as the last one is."""
         return self.every is not None and (is_last or after // self.every > before // self.every)
 
-    def run(self) -> dict[str, float]:
-        """Measure now, by all ranks; the model is left in evaluation mode."""
+    def run(self, step: int) -> dict[str, float]:
+        """Measure after ``step`` steps, by all ranks; the model is left in evaluation mode."""
         assert self.measure is not None  # else it is never due
         self.model.eval()
         with self._averaged():
@@ -164,6 +167,10 @@ class Evaluation:
             self.best, self.without_better = found["score"], 0
         else:
             self.without_better += 1
+        numbers = ", ".join(f"{name} {value:.1%}" for name, value in found.items())
+        self._report(f"after step {step}: {numbers}" + " (the best so far)" * (not self.without_better))
+        if self.over:
+            self._report(f"no better score in {self.without_better} evaluations: training ends, the best weights stay")
         return found
 
     @contextlib.contextmanager

@@ -87,7 +87,8 @@ def train_loop(
 
     # -- who watches, and what is saved -----------------------------------------------------------------------------
     guard = Guard(settings.guard, ranks, folder / "guard.jsonl", report, overflow_is_usual=scaler.enabled)
-    evaluation = Evaluation(measure, model, average, every=settings.evaluate_every, patience=settings.patience)
+    plan = {"every": settings.evaluate_every, "patience": settings.patience}
+    evaluation = Evaluation(measure, model, average, **plan, report=report)
     state = TrainState(parallel, optimizer, average, scaler, {"guard": guard, "evaluation": evaluation})
     agreement, data = Agreement(ranks), DataWatch(stream)
     feed = Feed(stream, curriculum, model.text, ranks, micro_batch=settings.micro_batch, steps_over=guard.steps_over)
@@ -157,7 +158,7 @@ def train_loop(
                 measured: dict[str, float] = {}
                 if to_measure:
                     watch.at(batch.step, "evaluation", allow=patient)
-                    measured = evaluation.run()
+                    measured = evaluation.run(batch.done)
                 if batch.done % settings.log_every == 0 or batch.is_last or measured:
                     told = {"loss": output.loss, "learning_rate": factor * settings.learning_rate}
                     told |= {"logit_scale": output.logit_scale, "gradient_norm": norm} | measured | data.lap()

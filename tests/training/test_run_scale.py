@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,6 +82,25 @@ def test_two_ranks_that_were_stopped_go_on_as_one(recipe, tmp_path):
     mmbase.train(recipe, *options, f"output={run}", "training.micro_batch=2", console=console)
     assert "written by 2 ranks" in console.file.getvalue()
     same(run, whole, tolerance=1e-4)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_run_and_the_same_command_goes_on(recipe, tmp_path):
+    options = [*EXACT, "training.steps=80", "evaluation.tasks=[]", "devices=2"]
+    finish(start(recipe, *options, f"output={tmp_path / 'whole'}"))
+    run = tmp_path / "run"
+    process = start(recipe, *options, f"output={run}")
+    deadline = time.monotonic() + 240
+    while not list(run.glob("checkpoints/0*")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    output = finish(process, code=2)
+    assert "rank 1 of 2 was ended by SIGKILL" in output and "Traceback" not in output.rpartition("error:")[2]
+    assert not (run / "model.safetensors").exists()
+    finish(start(recipe, *options, f"output={run}"))
+    assert (run / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
 @pytest.mark.slow
@@ -173,6 +193,19 @@ def test_a_sample_that_is_no_number_does_no_harm_and_is_named(recipe, tmp_path, 
     assert all(torch.isfinite(value).all() for value in load_file(run / "model.safetensors").values())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["training.precision=fp16", "training.layer_decay=0.8", "training.guard.policy=off"],
+        ["training.precision=bf16", "training.checkpoint_activations=true", "training.micro_batch=4"],
+        ["data.memory=never", "data.workers=1", "training.micro_batch=4"],
+    ],
+)
+def test_other_ways_run(recipe, options):
+    run = mmbase.train(recipe, "model.vision.stem_norm=group", "evaluation.tasks=[]", *options)
+    assert [row["step"] for row in rows(run)] == [4, 8, 12, 16, 20, 24]
+
+
 def test_running_statistics_survive_a_step_that_is_left_out(recipe, monkeypatch):
     import mmbase.training.augmented as augmented
 
@@ -196,7 +229,10 @@ def test_patience_ends_a_run_and_keeps_its_best_weights(recipe, monkeypatch):
     scores = iter([0.2, 0.5, 0.4, 0.3, 0.9])
     monkeypatch.setattr(pipeline, "ask_tasks", lambda config: lambda model: {"score": next(scores)})
     options = ["training.evaluate_every=40", "training.patience=2", "training.log_every=100"]
-    run = mmbase.train(recipe, *options, "training.checkpoints.every_samples=null")
+    console = Console(file=io.StringIO(), width=200)
+    run = mmbase.train(recipe, *options, "training.checkpoints.every_samples=null", console=console)
+    told = console.file.getvalue()
+    assert "after step 10: score 50.0% (the best so far)" in told and "no better score in 2 evaluations" in told
     assert [(row["samples"], row["score"]) for row in rows(run)] == [(40, 0.2), (80, 0.5), (120, 0.4), (160, 0.3)]
     best = load_file(run / "checkpoints" / "00000010" / "average.safetensors")
     kept = load_file(run / "model.safetensors")
