@@ -138,7 +138,7 @@ def train_ranks(config: RunConfig, ask: Ask | None = None, console: Console | No
             }
             write_atomically(folder / "environment.json", json.dumps(record, indent=2))
             save_weights(weights, folder / "model.safetensors")
-        ranks.barrier("the end of training")
+        ranks.barrier("the end of training", seconds=3600.0)
     return folder
 
 
