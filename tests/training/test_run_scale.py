@@ -67,6 +67,20 @@ def test_ranks_and_micro_batches_give_the_weights_of_one_process(recipe, tmp_pat
         assert {path.name for path in run.iterdir()} == {path.name for path in whole.iterdir()}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("data", [[], ["data.memory=never", "data.workers=1"]], ids=["memory", "streamed"])
+def test_two_and_four_ranks_of_every_kind(recipe, tmp_path, data):
+    options = [*EXACT, *data, "training.log_every=1", "evaluation.tasks=[]"]
+    whole = mmbase.train(recipe, *options, f"output={tmp_path / 'whole'}")
+    for ranks in (2, 4):
+        for kind in ("ddp", "fsdp"):
+            for micro in ("null", 8 // ranks // 2):
+                run = tmp_path / f"{kind}-{ranks}-{micro}"
+                own = [f"devices={ranks}", f"training.parallel={kind}", f"training.micro_batch={micro}"]
+                finish(start(recipe, *options, *own, f"output={run}"))
+                same(run, whole)
+
+
 def test_two_ranks_that_were_stopped_go_on_as_one(recipe, tmp_path):
     options = [*EXACT, "training.steps=80", "evaluation.tasks=[]", "training.checkpoints.every_samples=null"]
     whole = mmbase.train(recipe, *options, f"output={tmp_path / 'whole'}")
