@@ -44,6 +44,8 @@ def train(config: str | Path | RunConfig, *overrides: str, console: Console | No
         config = load_config(config, overrides)
     elif overrides:
         raise MmbaseError("overrides go with a recipe's name or a YAML file; change the RunConfig itself instead")
+    for task in config.evaluation.tasks:
+        check_task(task, config.data)
     folder = train_run(config, console, ask_tasks)
     if not leads():  # under torchrun or srun every rank comes here: one reports
         return folder
@@ -168,26 +170,51 @@ def _write_card(folder: Path, results: Mapping[str, Any], config: RunConfig, sou
     )
 
 
+def check_task(task: TaskConfig, data: DataConfig) -> None:
+    """Find mistakes in a task that would else be found after the training; looks at its first sample alone.
+
+    Raises:
+        MmbaseError: shards that are not there or hold no sample, a label that it lacks, a split without a holdout.
+    """
+    shards = expand_shards(task.shards)
+    if task.split != "all" and data.holdout is None:
+        raise MmbaseError(f"task {task.name!r} asks for split={task.split} but data.holdout is not set")
+    sample = next(read_samples(shards, data.caption_field), None)
+    if sample is None:
+        raise MmbaseError(f"the shards of task {task.name!r} hold no image-caption pair; check evaluation.tasks")
+    _label_of(sample, task)
+
+
+def _label_of(sample: Sample, task: TaskConfig) -> str:
+    """The class of a sample.
+
+    Raises:
+        MmbaseError: the sample lacks the field.
+    """
+    if task.label not in sample.fields:
+        hint = nearest(task.label, sample.fields) or f" to one of {', '.join(sorted(sample.fields))}"
+        raise MmbaseError(
+            f"sample {sample.key!r} of task {task.name!r} has no field {task.label!r}; set its label{hint}"
+        )
+    return str(sample.fields[task.label])
+
+
 def build_task(task: TaskConfig, data: DataConfig, training: Sequence[Sample]) -> EvaluationTask:
     """The samples and classes of a configured task; ``split`` refers to what ``data.holdout`` kept out of ``training``.
 
     Raises:
         MmbaseError: no sample is left, a sample lacks the label, or a split without a holdout.
     """
+    check_task(task, data)
     samples = list(read_samples(expand_shards(task.shards), data.caption_field))
-    if task.split != "all":
-        if data.holdout is None:
-            raise MmbaseError(f"task {task.name!r} asks for split={task.split} but data.holdout is not set")
+    if task.split != "all" and data.holdout is not None:
         held_out = data.holdout.values(s.fields for s in training)
         samples = [s for s in samples if data.holdout.covers(s.fields, held_out) == (task.split == "held_out")]
     rows: list[dict[str, Any]] = []
     for sample in samples:
-        if task.label not in sample.fields:
-            raise MmbaseError(f"sample {sample.key!r} of task {task.name!r} has no field {task.label!r}; set its label")
+        label = _label_of(sample, task)
         picture = Image.open(io.BytesIO(sample.image))
-        rows.append(
-            {"key": sample.key, "image": picture, "caption": str(sample.fields[task.label]), "meta": sample.fields}
-        )
+        rows.append({"key": sample.key, "image": picture, "caption": label, "meta": sample.fields})
     classes = {row["caption"]: row["meta"] for row in reversed(rows)}
     return EvaluationTask(
         name=task.name,

@@ -167,7 +167,7 @@ def start(server: str, shards: Path, scratch: Path) -> Iterator[tuple[str, int, 
         raise MmbaseError("moto is not installed; pip install 'mmbase[bench]', or leave it out: --servers nginx")
     os.environ.update(KEYS)
     with _running([str(Path(sys.executable).parent / "moto_server"), "-H", "127.0.0.1", "-p", str(port)], port):
-        import boto3
+        import boto3  # pyrefly: ignore[missing-import]
 
         client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}")
         client.create_bucket(Bucket="pairs")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections import Counter
 from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
@@ -16,7 +17,7 @@ from mmbase.data.captions import CaptionSampler, CaptionTemplate
 from mmbase.data.collate import Collator
 from mmbase.data.config import DataConfig
 from mmbase.data.decode import describe_decoders
-from mmbase.data.filters import FilterConfig, HeldOut, parse_filter, select
+from mmbase.data.filters import FilterConfig, HeldOut, explain_removed, parse_filter, select
 from mmbase.data.image import PreprocessConfig
 from mmbase.data.mixture import Weight
 from mmbase.data.pictures import MemoryStream, load_pictures
@@ -202,7 +203,11 @@ def open_stream(
     collator = Collator(tokenizer, config.identity, config.keep_orientation)
     captions = CaptionSampler(config.captions)
     if in_memory:
-        kept = [s for s in samples if selection is None or selection.reason(s.fields) is None]
+        whys = [None if selection is None else selection.reason(sample.fields) for sample in samples]
+        kept = [sample for sample, why in zip(samples, whys, strict=True) if why is None]
+        if samples and not kept:  # says which filter left nothing
+            names = {name for sample in samples for name in sample.fields}
+            explain_removed(Counter(why for why in whys if why is not None), 0, names)
         pictures = load_pictures(kept, config.source_size, config.errors)
         pictures.skipped[:0] = map(str, faults)
         group_by = config.identity if config.sampling == "identities" else None
@@ -391,7 +396,7 @@ def _tokenizer(given: Tokenizer | dict[str, Any] | str) -> Tokenizer:
         try:
             return load_tokenizer(given)
         except MmbaseError as error:
-            raise MmbaseError(f"{error}{nearest(given, known)}; or an OpenCLIP model's name") from error
+            raise MmbaseError(f"{error}, or an OpenCLIP model's name{nearest(given, known)}") from error
     text = json.loads(path.read_text(encoding="utf-8"))["text_cfg"]
     described = {"kind": "clip", "context_length": text.get("context_length", 77), **text.get("tokenizer_kwargs", {})}
     if name := text.get("hf_tokenizer_name") or text.get("hf_model_name"):

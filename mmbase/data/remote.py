@@ -6,6 +6,7 @@ and restarts of the server. Every wait has an end, and its error says what was w
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -20,6 +21,8 @@ from mmbase.data.cache_config import CacheConfig
 from mmbase.data.checksums import blocks_of, verify
 from mmbase.data.shard_list import scheme_of
 from mmbase.errors import MmbaseError
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -155,6 +158,8 @@ class Patience:
         """
         self.counts[_kind(str(trouble))] += 1
         self.failures = 1 if progressed else self.failures + 1
+        if self.failures == 2:  # one trouble is nothing to speak of
+            logger.warning("%s: %s; trying again, %d times in all", self.what, trouble, self.config.attempts)
         if self.failures >= self.config.attempts:
             raise RemoteError(f"{self.what} failed {self.failures} times in a row, last: {trouble}")
         pause = min(LONGEST_PAUSE, self.config.backoff * 2 ** (self.failures - 1)) * SystemRandom().uniform(0.5, 1.5)

@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -248,7 +249,9 @@ class Shards:
         self._open: OrderedDict[int, OpenTar] = OrderedDict()
         self._cached: dict[str, bool] = {}
         self.cache = ShardCache(self.config)
-        self._prefetcher = Prefetcher(lambda url: self.cache.fetch(url, self.timeout, wait=False), self.config.parallel)
+        cache, timeout = self.cache, self.timeout  # not self: who is forgotten closes its files at once
+        self._prefetcher = Prefetcher(lambda url: cache.fetch(url, timeout, wait=False), self.config.parallel)
+        weakref.finalize(self, _forgotten, self._open, self._process)
 
     def _open_tar(self, url: str) -> OpenTar:
         path = self.cache.place(url).data if self.needs_cache(url) else Path(url)
@@ -291,6 +294,14 @@ class Shards:
             if len(self._open) <= most:
                 return
             self._open.pop(shard).close()
+
+
+def _forgotten(opened: OrderedDict[int, OpenTar], process: int) -> None:
+    """Close the files of shards that nobody holds any more, other than those inherited by a fork."""
+    if process == os.getpid():
+        for tar in opened.values():
+            tar.close()
+        opened.clear()
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -35,6 +35,8 @@ class EvaluationConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    licence: str = Field("apache-2.0", description="of the trained weights, as the Hugging Face hub abbreviates it")
+    licence: str = Field(
+        "unknown", description="of the trained weights, as the Hugging Face hub abbreviates it, such as apache-2.0"
+    )
     tasks: list[TaskConfig] = Field(default_factory=list, description="what is measured when training has ended")
     batch_size: int = Field(128, ge=1, description="pictures encoded at once")

@@ -106,11 +106,12 @@ def test_what_is_gone_is_said_at_once_and_remembered(serve, cache):
     assert len(server.requests) == 1
 
 
-def test_giving_up_says_after_what(serve, cache):
+def test_giving_up_says_after_what(serve, cache, caplog):
     server = serve(plan=Plan(share=1.0, kinds=["error"], in_a_row=99))
     with pytest.raises(RemoteError, match=r"failed 3 times in a row, last: HTTP 50[03]"):
         cache(attempts=3).open(f"{server.url}/000.tar", 10)
     assert len(server.requests) == 3
+    assert "000.tar': HTTP 50" in caplog.text and "trying again, 3 times in all" in caplog.text
     server = serve(plan=Plan(share=1.0, kinds=["stall"], in_a_row=99, seconds=5))
     begun = time.monotonic()
     with pytest.raises(RemoteError, match=r"did not come within 1 s"):

@@ -194,6 +194,8 @@ def test_mistakes(shards, tmp_path):
         stream(shards, memory="never", batch_size=64)
     with pytest.raises(MmbaseError, match="no usable image-caption pair"):
         next(stream(shards, memory="always", caption_field="title").batches())
+    with pytest.raises(MmbaseError, match=r"no sample has the field 'grup'.*did you mean 'group'"):
+        stream(shards, memory="always", filters=[{"field": "grup", "min": 1}])
 
 
 def test_caption_sampler():

@@ -17,6 +17,7 @@ from mmbase.training.config import TrainingConfig
 from mmbase.training.distributed import Ranks
 from mmbase.training.guard import Guard
 from mmbase.training.guard_config import GuardConfig
+from mmbase.training.muon import Muon
 from mmbase.training.optim import WeightAverage, build_optimizer
 from mmbase.training.parallel import Parallel
 
@@ -59,6 +60,9 @@ def train(folder, ranks, *, kind="none", optimizer="muon", steps=6, until=None, 
     parallel = Parallel(build(), ranks, kind=kind)
     alike = dist.group.WORLD if kind == "ddp" else None
     optimizers = build_optimizer(parallel.model, settings, alike=alike)
+    for part in optimizers.parts:
+        if isinstance(part, Muon):
+            part.dtype = torch.float32  # bfloat16 would round errors of 1e-8 to 1e-2 now and then
     average = WeightAverage(parallel.model, 0.9)
     guard = Guard(GuardConfig(), ranks, folder / "guard.jsonl", report)
     state = TrainState(parallel, optimizers, average, others={"guard": guard})

@@ -19,6 +19,8 @@ from mmbase.training.distributed import Place, device_of, find_place, first_host
 from mmbase.training.hang_watch import Beat, Watch, judge
 from mmbase.training.spawn import RankError, count_devices, run_over, spawn
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch was built without gloo")
 TORCHRUN = {

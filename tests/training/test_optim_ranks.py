@@ -13,6 +13,8 @@ sys.path.insert(0, str(HERE))
 
 import optim_worker  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 WORLDS = (1, 2, 3, 4)
 
 

@@ -19,6 +19,8 @@ from mmbase.training.distributed import Ranks
 from mmbase.training.parallel import Parallel, choose_kind
 from mmbase.training.parallel_config import ParallelConfig
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("parallel_worker.py")
 WORLDS = (2, 4)

@@ -203,6 +203,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(recipe):
         mmbase.train(recipe, "training.learning_rate=1e30", "training.optimizer=adamw", "training.gradient_clip=null")
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("evaluation.tasks.0.shards=nowhere.tar", r"no shard 'nowhere\.tar'"),
+        ("evaluation.tasks.0.label=captoin", r"task 'unseen_vendor' has no field 'captoin'.*did you mean 'caption'"),
+        ("evaluation.tasks.0.label=x", r"has no field 'x'; set its label to one of caption, group, "),
+        ("data.holdout=null", r"'unseen_concepts' asks for split=held_out"),
+    ],
+)
+def test_a_task_that_cannot_be_evaluated_is_refused_before_training(recipe, tmp_path, override, message):
+    with pytest.raises(MmbaseError, match=message):
+        mmbase.train(recipe, override)
+    assert not (tmp_path / "run").exists()
+
+
 def test_wordings_of_a_class(recipe, tmp_path):
     from mmbase.data.shards import expand_shards, read_samples
     from mmbase.pipeline import build_task

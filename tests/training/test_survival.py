@@ -16,6 +16,8 @@ from mmbase.training.checkpoint_store import Store, read_entry
 from mmbase.training.distributed import Ranks
 from mmbase.training.interrupt import REQUEUE_CODE
 
+pytestmark = pytest.mark.slow
+
 
 def final(folder):
     return torch.load(folder / "final.pt", weights_only=True)
