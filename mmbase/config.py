@@ -21,6 +21,7 @@ from mmbase.errors import MmbaseError, nearest
 from mmbase.evaluation.config import EvaluationConfig
 from mmbase.models.config import CLIPConfig
 from mmbase.training.config import TrainingConfig
+from mmbase.training.tracking_config import TrackingConfig
 
 
 class ModelConfig(BaseModel):
@@ -75,6 +76,10 @@ class RunConfig(BaseModel):
     output: str = Field("runs/run", description="the run's folder; the same folder resumes")
     seed: int = Field(0, ge=0, description="of weights, order and augmentation")
     device: str = Field("auto", description="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
+    devices: int | Literal["auto"] | None = Field(
+        None,
+        description="processes to start on this machine; auto: one per GPU; null: one, or those of a launcher",
+    )
     model: ModelConfig = Field(default_factory=ModelConfig, description="the towers")
     preprocess: PreprocessConfig = Field(
         default_factory=PreprocessConfig, description="pixels to tensors, training and use; the size is the model's"
@@ -83,6 +88,9 @@ class RunConfig(BaseModel):
     data: DataConfig = Field(description="what is trained on")
     augment: AugmentConfig = Field(default_factory=AugmentConfig, description="how pictures are varied")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="loop, optimiser, schedule")
+    tracking: TrackingConfig = Field(
+        default_factory=TrackingConfig, description="where numbers go, beside metrics.jsonl"
+    )
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="what is measured at the end")
 
     @model_validator(mode="after")

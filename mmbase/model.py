@@ -23,8 +23,9 @@ from mmbase.evaluation.zeroshot import Classifier, ClassNames
 from mmbase.models.adapter import OpenClipAdapter
 from mmbase.models.clip import CLIP
 from mmbase.models.config import CLIPConfig
-from mmbase.training.checkpoint import AVERAGE_FILE, MODEL_FILE, list_checkpoints
+from mmbase.training.checkpoint_store import Store
 from mmbase.training.precision import choose_device
+from mmbase.training.weights import AVERAGE_FILE, MODEL_FILE
 
 MODEL_JSON = "model.json"
 Towers = CLIP | OpenClipAdapter
@@ -250,7 +251,7 @@ def _run_parts(path: Path) -> tuple[Path, Path] | None:
     if not (folder / MODEL_JSON).is_file():
         return None
     if weights is None:
-        checkpoints = list_checkpoints(folder / "checkpoints")
+        checkpoints = Store(folder / "checkpoints").paths()
         if not checkpoints:
             raise MmbaseError(
                 f"the run {str(path)!r} has no weights yet; run `mmbase train` until its first checkpoint"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from mmbase.data.shards import Sample, expand_shards, read_samples
 from mmbase.errors import MmbaseError, nearest
 from mmbase.evaluation.card import write_model_card
 from mmbase.evaluation.config import TaskConfig
+from mmbase.evaluation.protocol import ImageTextModel
 from mmbase.evaluation.report import write_report
-from mmbase.evaluation.suite import EvaluationTask, describe_model
+from mmbase.evaluation.suite import EvaluationTask, describe_model, evaluate_task
 from mmbase.evaluation.suite import evaluate as run_suite
 from mmbase.model import load
 from mmbase.provenance import is_counted, record_provenance
+from mmbase.training.distributed import leads
 from mmbase.training.run import train_run
 
 
@@ -35,6 +37,7 @@ def train(config: str | Path | RunConfig, *overrides: str, console: Console | No
 
     Raises:
         MmbaseError: a mistake in the configuration, the data or the folder.
+        SystemExit: the run was asked to stop by a signal; its checkpoint is written, the same call goes on.
     """
     console = console or Console()
     if not isinstance(config, RunConfig):
@@ -43,13 +46,47 @@ def train(config: str | Path | RunConfig, *overrides: str, console: Console | No
         raise MmbaseError("overrides go with a recipe's name or a YAML file; change the RunConfig itself instead")
     for task in config.evaluation.tasks:
         check_task(task, config.data)
-    folder = train_run(config, console)
+    folder = train_run(config, console, ask_tasks)
+    if not leads():  # under torchrun or srun every rank comes here: one reports
+        return folder
     if config.evaluation.tasks:
         evaluate(folder, device=config.device, console=console)
     else:
         results = describe_model(load(folder, device="cpu"))
         _write_card(folder, results, config, record_provenance(folder, config.data))
     return folder
+
+
+def ask_tasks(config: RunConfig) -> Callable[[ImageTextModel], dict[str, float]]:
+    """What ``training.evaluate_every`` measures: the tasks of ``config.evaluation``, by every rank alike.
+
+    Returns:
+        A function of a model: by task ``TASK_top1`` and ``TASK_recall@1`` (the mean of both directions), and ``score``,
+        the mean over tasks of the first that each has.
+
+    Raises:
+        MmbaseError: no tasks, and see :func:`build_task`.
+    """
+    if not config.evaluation.tasks:
+        raise MmbaseError("training.evaluate_every needs evaluation.tasks; add some, or leave it out")
+    training = _training_samples(config)
+    tasks = [build_task(task, config.data, training) for task in config.evaluation.tasks]
+
+    def ask(model: ImageTextModel) -> dict[str, float]:
+        numbers: dict[str, float] = {}
+        heads: list[float] = []
+        for task in tasks:
+            found = evaluate_task(model, task, batch_size=config.evaluation.batch_size)
+            own: dict[str, float] = {}
+            if "zero_shot" in found:
+                own["top1"] = found["zero_shot"]["top1"]
+            if "retrieval" in found:
+                own["recall@1"] = sum(way["recall@1"] for way in found["retrieval"].values()) / 2
+            heads += list(own.values())[:1]
+            numbers |= {f"{task.name}_{name}": value for name, value in own.items()}
+        return numbers | {"score": sum(heads) / len(heads)}
+
+    return ask
 
 
 def evaluate(

@@ -112,7 +112,7 @@ def make_plan(
     setup = _setup(config, gpus, device, kind, micro_batch)
     notes: list[str] = []
     model = planned_model(config, notes)
-    curriculum = Curriculum(_key(config, "curriculum", []), model, config.training, text_tokens=text_tokens)
+    curriculum = Curriculum(config.training.curriculum, model, config.training, text_tokens=text_tokens)
     curriculum.loader_batch(gpus)
     stages = [segment.stage for segment in curriculum.segments]
     last = stages[-1]
@@ -268,7 +268,7 @@ def _flops_of(one: Measured) -> float:
     """Mean FLOPs of a sample of what was measured."""
     if one.model in recipes():
         config = load_config(one.model)
-        whole = Curriculum(_key(config, "curriculum", []), planned_model(config, []), config.training)
+        whole = Curriculum(config.training.curriculum, planned_model(config, []), config.training)
         return whole.flops_until(whole.total) / whole.total
     model = config_of(one.model)
     assert model is not None, one.model
@@ -279,7 +279,7 @@ def _flops_of(one: Measured) -> float:
 def _setup(config: RunConfig, gpus: int, name: str, kind: Kind | None, micro_batch: int | None) -> Setup:
     if name != "cpu":
         gpu(name)
-    sharded = _key(config, "parallel", "auto") in ("fsdp", "hsdp")
+    sharded = config.training.parallel in ("fsdp", "hsdp")
     chosen: Kind = kind or ("fsdp" if sharded else "ddp")
     precision = config.training.precision
     if precision == "auto":
@@ -289,12 +289,7 @@ def _setup(config: RunConfig, gpus: int, name: str, kind: Kind | None, micro_bat
         name,
         precision,
         "none" if gpus == 1 else chosen,
-        micro_batch or _key(config, "micro_batch", None),
-        bool(_key(config, "checkpoint_activations", False)),
-        bool(_key(config, "reshard_after_forward", True)),
+        micro_batch or config.training.micro_batch,
+        config.training.checkpoint_activations,
+        config.training.reshard_after_forward,
     )
-
-
-def _key(config: RunConfig, name: str, otherwise: Any) -> Any:
-    """A key of ``training`` that may not be there yet."""
-    return getattr(config.training, name, otherwise)

@@ -77,7 +77,7 @@ def recipe(shapes, tmp_path):
         "augment": {"flip": 0.5, "rotation": 5, "hue": 0.1, "noise": 0.05},
         "training": {
             "steps": 24, "batch_size": 8, "warmup_steps": 4, "optimizer": "muon", "ema_decay": 0.9,
-            "log_every": 4, "checkpoint_every": 6, "precision": "fp32",
+            "log_every": 4, "checkpoints": {"every_samples": 48}, "precision": "fp32",
         },
         "evaluation": {
             "tasks": [

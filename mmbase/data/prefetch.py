@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def on_device(
     *,
     prepare: Callable[[Batch], Batch] | None = None,
     ahead: int = 2,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """``batches`` with their tensors on ``device``; each is to be used before the next is asked for.
 
     Args:
@@ -85,6 +85,7 @@ class _Feed:
                 del batch, item
         finally:
             self.stopped.set()
+            self.thread.join()  # it may be taking a batch, and the stream is somebody else's from here on
 
     def _next(self) -> tuple[Batch, torch.cuda.Event] | None:
         before = time.perf_counter()
@@ -129,6 +130,10 @@ class _Feed:
         return False
 
 
-def _moved(batch: Batch, move: Callable[[Any], Any]) -> Batch:
-    """The batch with ``move`` applied to tensors, and to what moves as they do (packed texts)."""
-    return {name: move(value) if hasattr(value, "pin_memory") else value for name, value in batch.items()}
+def _moved(value: Any, move: Callable[[Any], Any]) -> Any:
+    """``value`` with ``move`` applied to the tensors in it, in mappings and lists, and to what moves as they do."""
+    if isinstance(value, dict):
+        return {name: _moved(part, move) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_moved(part, move) for part in value]
+    return move(value) if hasattr(value, "pin_memory") else value

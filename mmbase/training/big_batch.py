@@ -39,6 +39,8 @@ class StepOutput(NamedTuple):
     """Scalar float32, detached."""
     logit_scale: Tensor
     """Scalar, exponentiated, detached."""
+    features: Output
+    """``image_features`` and ``text_features`` ``[B, E]`` of this rank's pairs, detached."""
 
 
 def contrastive_step(
@@ -76,7 +78,8 @@ def contrastive_step(
                 output = model(**parts[0]["inputs"])
                 loss = compute_loss(**output, **_ids(parts))
             scale_loss(loss).backward()
-        return StepOutput(loss.detach(), output["logit_scale"].detach())
+        features = {name: output[name].detach() for name in FEATURES}
+        return StepOutput(loss.detach(), output["logit_scale"].detach(), features)
     if isinstance(model, nn.Module):
         refuse_batch_norm(model)
 
@@ -109,7 +112,8 @@ def contrastive_step(
             wanted = [name for name in output if output[name].requires_grad]
             torch.autograd.backward([output[name] for name in wanted], [gradients[name] for name in wanted])
     after.restore()
-    return StepOutput(loss.detach(), whole["logit_scale"].detach())
+    features = {name: whole[name].detach() for name in FEATURES}
+    return StepOutput(loss.detach(), whole["logit_scale"].detach(), features)
 
 
 def refuse_batch_norm(model: nn.Module) -> None:

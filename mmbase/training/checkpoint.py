@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
 import time
 import warnings
@@ -17,7 +15,6 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from mmbase.errors import MmbaseError
@@ -34,11 +31,11 @@ from mmbase.training.checkpoint_state import (
 from mmbase.training.checkpoint_store import Entry, Store, Torn, name_of, read_entry, seal_files, verify
 from mmbase.training.checkpoint_upload import Remote, Uploader
 from mmbase.training.distributed import Ranks
-from mmbase.training.optim import Optimizers, WeightAverage
+from mmbase.training.weights import AVERAGE_FILE, MODEL_FILE, reason_of
 
 T = TypeVar("T")
 
-MODEL_FILE, AVERAGE_FILE, STATE_FILE, SHARDS = "model.safetensors", "average.safetensors", "state.pt", "shards"
+STATE_FILE, SHARDS = "state.pt", "shards"
 
 
 class Progress(NamedTuple):
@@ -161,7 +158,7 @@ class Checkpointer:
                 temporary = self.store.begin(entry.step)
                 _write_parts(taken, temporary)
         except Exception as error:  # writers raise kinds of their own
-            reason = _reason(error)
+            reason = reason_of(error)
         if several:
             temporary, reason = self._agreement.first_says((temporary, reason))
         if taken.shards and temporary and not reason:
@@ -174,7 +171,7 @@ class Checkpointer:
                 entry = entry._replace(files=seal_files(temporary, names))
                 self.store.commit(temporary, entry)
             except OSError as error:
-                reason = _reason(error)
+                reason = reason_of(error)
         if reason:
             if temporary:
                 self.store.abandon(temporary)
@@ -191,7 +188,7 @@ class Checkpointer:
             group = self._agreement.group
             dcp.save(dict(taken.shards), storage_writer=writer, process_group=group, no_dist=group is None)
         except Exception as error:  # CheckpointException of whichever rank it was
-            return _reason(error)
+            return reason_of(error)
         return None
 
     def _has_room(self, taken: Taken) -> None:
@@ -214,7 +211,7 @@ class Checkpointer:
         try:
             self.store.prune(self.policy, self._uploader.protected if self._uploader else ())
         except OSError as error:
-            self._tell(f"old checkpoints cannot be removed: {_reason(error)}")
+            self._tell(f"old checkpoints cannot be removed: {reason_of(error)}")
 
     # ------------------------------------------------------------------------------------------------------- restore
 
@@ -240,7 +237,9 @@ class Checkpointer:
             try:
                 found = self._newest_whole(before)
             except Exception as error:  # file systems of copies raise kinds of their own; the others must hear of it
-                mine = f"cannot look for checkpoints in {str(self.folder)!r}: {_reason(error)}; mend that and run again"
+                mine = (
+                    f"cannot look for checkpoints in {str(self.folder)!r}: {reason_of(error)}; mend that and run again"
+                )
                 found = error if isinstance(error, MmbaseError) else MmbaseError(mine)
         found = self._agreement.first_says(found)
         if isinstance(found, MmbaseError):
@@ -257,6 +256,17 @@ class Checkpointer:
             + (f", written by {found.world_size} ranks" if found.world_size != self.ranks.world_size else "")
         )
         return Progress(found.step, found.samples, found.seconds)
+
+    def go_back(self, state: TrainState, samples: int, *, mesh: DeviceMesh | None = None) -> Progress:
+        """Put back the newest checkpoint of at most ``samples`` samples; newer ones are removed.
+
+        Raises:
+            MmbaseError: there is none at all, and see :meth:`restore`.
+        """
+        progress = self.restore(state, before=samples, mesh=mesh)
+        if progress is None:
+            raise MmbaseError(f"there is no checkpoint in {str(self.folder)!r} to go back to; start the run anew")
+        return progress
 
     def best(self) -> Path | None:
         """The checkpoint with the highest score, or None where none has one. Sends nothing."""
@@ -357,7 +367,7 @@ class Checkpointer:
         try:
             result = act()
         except Exception as error:  # readers and parts raise kinds of their own
-            reason = _reason(error)
+            reason = reason_of(error)
         if reason := next(filter(None, self._agreement.gather(reason)), None):
             raise MmbaseError(
                 f"{mistake}: {reason}; restore the configuration it was made with, or choose another output="
@@ -376,129 +386,3 @@ def _write_parts(taken: Taken, folder: Path) -> None:
 
 def _silent(line: str) -> None:
     """Ranks other than the first have no console."""
-
-
-# -------------------------------------------------------------------------- weights alone, one-process checkpoints
-
-
-def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Write tensors as safetensors, through a temporary file beside ``path`` that replaces it at the end.
-
-    Raises:
-        MmbaseError: the disk is full or the folder cannot be written; nothing is left behind.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file({name: value.detach().contiguous().cpu() for name, value in weights.items()}, temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # safetensors makes files that only their owner reads
-        _sync(temporary)
-        temporary.replace(path)
-    except Exception as error:  # safetensors raises its own kind for an OSError
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise MmbaseError(
-            f"cannot write {str(path)!r}: {_reason(error)}; free space or choose another output="
-        ) from error
-
-
-def save_checkpoint(
-    folder: Path,
-    model: nn.Module,
-    optimizer: Optimizers,
-    average: WeightAverage | None,
-    progress: Progress,
-    keep: int,
-) -> Path:
-    """Write ``folder/STEP`` (weights, averaged weights, optimiser, random state, progress) and drop the oldest.
-
-    The folder appears under its name only when everything in it is on the disk.
-
-    Raises:
-        MmbaseError: it cannot be written; earlier checkpoints stay as they are.
-    """
-    final = folder / f"{progress.step:08d}"
-    temporary = folder / f".{final.name}.{os.getpid()}"
-    try:
-        temporary.mkdir(parents=True)
-        save_weights(model.state_dict(), temporary / MODEL_FILE)
-        state: dict[str, Any] = {
-            "optimizer": optimizer.state_dict(),
-            "progress": progress._asdict(),
-            "rng": torch.get_rng_state(),
-            "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
-        if average:
-            save_weights(average.averaged, temporary / AVERAGE_FILE)
-            state["average_updates"] = average.updates
-        torch.save(state, temporary / STATE_FILE)
-        _sync(temporary / STATE_FILE)
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.replace(final)
-    except (OSError, RuntimeError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise MmbaseError(
-            f"cannot write the checkpoint {str(final)!r}: {_reason(error)}; free space, then run the same command "
-            "again to resume"
-        ) from error
-    except MmbaseError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
-    return final
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("[0-9]*") if path.is_dir())
-
-
-def remove_torn(folder: Path) -> None:
-    """Remove what a killed process left half-written."""
-    for path in folder.glob(".*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizers, average: WeightAverage | None) -> Progress:
-    """Restore everything :func:`save_checkpoint` wrote.
-
-    Raises:
-        MmbaseError: a file is damaged or does not fit the configured model.
-    """
-    try:
-        model.load_state_dict(load_file(path / MODEL_FILE))
-        state = torch.load(path / STATE_FILE, weights_only=True, map_location="cpu")
-        optimizer.load_state_dict(state["optimizer"])
-        if average:
-            saved = load_file(path / AVERAGE_FILE)
-            for name, value in average.averaged.items():
-                value.copy_(saved[name])
-            average.updates = state["average_updates"]
-    except Exception as error:  # the readers raise kinds of their own
-        raise MmbaseError(
-            f"the checkpoint {str(path)!r} cannot be read: {_reason(error)}; remove that folder to resume from the one "
-            "before, or choose another output="
-        ) from error
-    torch.set_rng_state(state["rng"])
-    if state["rng_cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["rng_cuda"])
-    return Progress(**state["progress"])
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _reason(error: BaseException) -> str:
-    """In a few words, those of the system where an error of it lies at the bottom."""
-    cause: BaseException | None = error
-    while cause:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    text = str(error).strip().splitlines()[0] if str(error).strip() else ""
-    return text or type(error).__name__

@@ -6,6 +6,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from mmbase.training.checkpoint_config import CheckpointConfig
+from mmbase.training.curriculum_config import Schedule
+from mmbase.training.guard_config import GuardConfig
+from mmbase.training.parallel_config import ParallelConfig
+
 
 class ImageSize(BaseModel):
     """A stage of training on pictures of another size; position embeddings are resampled."""
@@ -16,13 +21,16 @@ class ImageSize(BaseModel):
     size: int = Field(ge=8, description="side in pixels")
 
 
-class TrainingConfig(BaseModel):
-    """The loop, the optimiser and the schedule."""
+class TrainingConfig(ParallelConfig):
+    """The loop, the optimiser and the schedule, and how ranks share the work."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    steps: int = Field(1000, ge=1, description="optimiser steps")
-    batch_size: int = Field(256, ge=1, description="pairs per step: every text is a negative of every other image")
+    steps: int = Field(1000, ge=1, description="optimiser steps, of batch_size pairs each")
+    batch_size: int = Field(
+        256, ge=1, description="pairs per step of all ranks: every text is a negative of every other image"
+    )
+    micro_batch: int | None = Field(
+        None, ge=1, description="pairs that a device holds at a time; gradients are those of batch_size; null: all its"
+    )
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: Muon for matrices and convolutions, AdamW for the rest"
     )
@@ -50,8 +58,17 @@ class TrainingConfig(BaseModel):
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="decay per step of the averaged weights that are evaluated and saved; null: none"
     )
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 autocast where the device multiplies bf16 in hardware, else fp32"
+    layer_decay: float | None = Field(
+        None, gt=0, le=1, description="learning rates fall by this factor from each layer to the one below; null: alike"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = Field(
+        "auto",
+        description="auto: bf16 autocast where the device multiplies bf16 in hardware, else fp32; fp16 scales the "
+        "loss; fp8: linear layers of the blocks by torchao",
+    )
+    curriculum: list[Schedule] = Field(
+        default_factory=list,
+        description="schedules over samples seen, such as [{what: patch_keep, values: [[0, 0.5], [0.8, 1]]}]",
     )
     image_sizes: list[ImageSize] = Field(
         default_factory=list,
@@ -61,8 +78,19 @@ class TrainingConfig(BaseModel):
         False, description="start both output projections' biases so that the first batch's features have mean zero"
     )
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
-    checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
-    keep_checkpoints: int = Field(2, ge=1, description="how many of the newest checkpoints stay")
+    checkpoints: CheckpointConfig = Field(default_factory=CheckpointConfig, description="when, and which stay")
+    guard: GuardConfig = Field(default_factory=GuardConfig, description="what is done about losses that go wrong")
+    evaluate_every: int | None = Field(
+        None,
+        ge=1,
+        description="samples between evaluations in training, of evaluation.tasks; null: at the end alone",
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="evaluations without a better score after which training ends and the best weights are kept; null: "
+        "it goes on to the end",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainingConfig:
@@ -71,8 +99,8 @@ class TrainingConfig(BaseModel):
         ends = [stage.until for stage in self.image_sizes]
         if ends != sorted(set(ends)):
             raise ValueError(f"image_sizes end at {ends}; each stage must end later than the one before")
+        if self.patience is not None and self.evaluate_every is None:
+            raise ValueError(f"patience={self.patience} counts evaluations; set evaluate_every to the samples between")
+        if self.patience is not None and not self.checkpoints.keep_best:
+            raise ValueError("patience keeps the best weights; set checkpoints.keep_best to 1 or more")
         return self
-
-    def image_size_at(self, progress: float) -> int | None:
-        """Side in pixels at ``progress`` (0 to 1) of the training; None: the model's own."""
-        return next((stage.size for stage in self.image_sizes if progress < stage.until), None)

@@ -173,6 +173,14 @@ def open_ranks(device: str = "auto", *, timeout: float = 1800.0) -> Iterator[Ran
     _leave(ranks, store)
 
 
+def leads() -> bool:
+    """Whether this process is rank 0 of those that were launched together, or alone; before and after they meet too."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    place = find_place(os.environ)
+    return place is None or place.rank == 0
+
+
 def find_place(environment: Mapping[str, str]) -> Place | None:
     """What the launcher wrote into the environment; None: nobody launched this process among others.
 

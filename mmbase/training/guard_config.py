@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class GuardConfig(BaseModel):
@@ -34,3 +34,8 @@ class GuardConfig(BaseModel):
         description="skip: bad steps in a row after which spikes are the new level, and other faults stop the run",
     )
     max_rollbacks: int = Field(10, ge=1, description="rollback: windows stepped over in a run before it is stopped")
+
+    @field_validator("policy", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # which is how YAML reads a bare off

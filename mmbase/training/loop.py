@@ -1,37 +1,47 @@
-"""THE loop: batches in, a trained model out. One process, one device; read it top to bottom."""
+"""THE loop: batches in, a trained model out, alone or among ranks; read it top to bottom.
+
+Each part has a file of its own: what a step takes (batches.py), how it enters the model (augmented.py) and is computed
+in parts (big_batch.py), how ranks share it (parallel.py), who judges it (guard.py), what is saved (checkpoint.py).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor
 
 from mmbase.config import RunConfig
 from mmbase.data.augment import Augment
-from mmbase.data.collate import Batch
-from mmbase.data.draws import generator
 from mmbase.data.pictures import MemoryStream
-from mmbase.data.prefetch import on_device
 from mmbase.data.stream import Loader
 from mmbase.data.timing import DataWatch
-from mmbase.errors import MmbaseError
 from mmbase.losses.contrastive import ContrastiveLoss
 from mmbase.models.clip import CLIP
-from mmbase.training.checkpoint import (
-    Progress,
-    list_checkpoints,
-    load_checkpoint,
-    remove_torn,
-    save_checkpoint,
-)
+from mmbase.training.agreement import Agreement
+from mmbase.training.augmented import Augmented, center_projections
+from mmbase.training.batches import Feed
+from mmbase.training.big_batch import contrastive_step
+from mmbase.training.checkpoint import Checkpointer, Progress
+from mmbase.training.checkpoint_state import TrainState
+from mmbase.training.curriculum import Curriculum
+from mmbase.training.distributed import Ranks
+from mmbase.training.evaluate import Evaluation
+from mmbase.training.full_state import whole
+from mmbase.training.guard import Guard, RollBack, suspicious
+from mmbase.training.hang_watch import Watch
+from mmbase.training.interrupt import Interrupt, Interrupted
 from mmbase.training.optim import WeightAverage, build_optimizer
-from mmbase.training.precision import Precision
+from mmbase.training.parallel import Parallel
+from mmbase.training.precision import LossScaler, Precision, use_fp8
 from mmbase.training.schedule import learning_rate_factor
-from mmbase.training.tracker import Tracker
+from mmbase.training.statistics import RunningStatistics
+from mmbase.training.tracker import open_tracker
+from mmbase.training.weights import weights_of
 
 
 def train_loop(
@@ -39,126 +49,135 @@ def train_loop(
     stream: MemoryStream | Loader,
     config: RunConfig,
     *,
+    curriculum: Curriculum,
     augment: Augment,
-    device: torch.device,
+    ranks: Ranks,
     precision: Precision,
     folder: Path,
     console: Console,
-) -> tuple[dict[str, torch.Tensor], Progress]:
-    """Train ``model`` in place from the newest checkpoint in ``folder`` to the last step.
+    measure: Callable[[], Mapping[str, float]] | None = None,
+) -> tuple[dict[str, Tensor], Progress]:
+    """Train ``model`` in place from the newest checkpoint in ``folder`` to the last step; called by all ranks.
+
+    Args:
+        measure: what an evaluation between steps finds of the model, ``score`` among it; None: nothing is asked.
 
     Returns:
-        The weights to keep (averaged ones where ``training.ema_decay`` is set) and how far the run came.
+        The weights to keep, whole and on rank 0 (averaged ones where ``training.ema_decay`` is set, the best ones where
+        ``training.patience`` is), and how far the run came.
 
     Raises:
-        MmbaseError: the loss is no longer finite, a checkpoint cannot be written or read.
+        MmbaseError: what the guard does not put up with, a checkpoint that cannot be written or read.
+        Interrupted: the run was asked to stop, and can go on from the checkpoint it left.
     """
-    settings = config.training
-    checkpoints = folder / "checkpoints"
+    settings, report = config.training, partial(console.print, soft_wrap=True, highlight=False)
+    patient = 10 * settings.hang_seconds  # for what takes longer than a step
 
     # -- model, optimiser, average, loss --------------------------------------------------------------------------
-    model.to(device).to(memory_format=torch.channels_last).train()
-    optimizer = build_optimizer(model, settings)
+    if precision.fp8:
+        use_fp8(model)
+    parallel = Parallel.of(model, ranks, settings, precision.dtype)
+    optimizer = build_optimizer(model, settings, layer_decay=settings.layer_decay, alike=parallel.alike)
     average = WeightAverage(model, settings.ema_decay) if settings.ema_decay else None
+    scaler = LossScaler(ranks.device, enabled=precision.needs_scaler)
+    forward, statistics = Augmented(parallel, augment), RunningStatistics(model)
     compute_loss = ContrastiveLoss(settings.loss, settings.label_smoothing)
+    autocast = partial(precision.autocast, ranks.device)
     largest_log_scale = math.log(settings.max_logit_scale)
 
-    # -- where were we ----------------------------------------------------------------------------------------------
-    progress = Progress()
-    checkpoints.mkdir(exist_ok=True)
-    remove_torn(checkpoints)
-    if existing := list_checkpoints(checkpoints):
-        progress = load_checkpoint(existing[-1], model, optimizer, average)
-        console.print(f"resuming at step {progress.step} of {settings.steps} from {existing[-1]}")
-    stream.position = progress.samples
-    batches = prepared(stream, augment, model, config, progress.step, device)
-    watch = DataWatch(stream)
+    # -- who watches, and what is saved -----------------------------------------------------------------------------
+    guard = Guard(settings.guard, ranks, folder / "guard.jsonl", report, overflow_is_usual=scaler.enabled)
+    plan = {"every": settings.evaluate_every, "patience": settings.patience}
+    evaluation = Evaluation(measure, model, average, **plan, report=report)
+    state = TrainState(parallel, optimizer, average, scaler, {"guard": guard, "evaluation": evaluation})
+    agreement, data = Agreement(ranks), DataWatch(stream)
+    feed = Feed(stream, curriculum, model.text, ranks, micro_batch=settings.micro_batch, steps_over=guard.steps_over)
+    with Interrupt() as interrupt, Checkpointer(folder / "checkpoints", ranks, settings.checkpoints, report) as saver:
+        progress = saver.restore(state, mesh=parallel.mesh)
+        if progress is None:
+            progress = Progress()
+            if settings.guard.policy == "rollback":
+                saver.save(state, progress)  # something to go back to
+        tracker = open_tracker(config, curriculum, progress, ranks, precision.dtype, folder, console)
+        for line in parallel.describe():
+            report(f"  parallel   {line}")
 
-    # -- steps ------------------------------------------------------------------------------------------------------
-    tracker = Tracker(
-        folder / "metrics.jsonl",
-        steps=settings.steps,
-        step=progress.step,
-        seconds=progress.seconds,
-        console=console,
-    )
-    with tracker:
-        for step in range(progress.step, settings.steps):
-            factor = learning_rate_factor(step, settings)
-            optimizer.scale_learning_rates(factor)
+        # -- steps --------------------------------------------------------------------------------------------------
+        with tracker, Watch(ranks, hang_seconds=settings.hang_seconds) as watch:
+            batches = feed.batches(progress.samples)
+            to_center = settings.center_projections and not progress.samples
+            watch.at(progress.step, "data wait")
+            while (batch := None if evaluation.over else next(batches, None)) is not None:
+                watch.at(batch.step, "forward and backward")
+                factor = learning_rate_factor(batch.samples / settings.batch_size, settings) * batch.stage.learning_rate
+                optimizer.scale_learning_rates(factor)
+                forward.at(batch.samples / curriculum.total, batch.stage)
+                if batch.is_new_level:
+                    guard.new_level()
+                if to_center:
+                    center_projections(forward, batch.parts)
+                    to_center = False
 
-            # Patch dropout and stochastic depth draw from torch's own generator: made a function of the step too.
-            torch.manual_seed(int(generator(config.seed, 4, step).integers(1 << 62)))
-            batch = next(batches)
-            if step == 0 and settings.center_projections:
-                center_projections(model, batch)
-            with precision.autocast(device):
-                output = model(batch["image"], batch["text"])
-                loss = compute_loss(**output, image_ids=batch["caption_id"], text_ids=batch["caption_id"])
-
-            optimizer.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip or math.inf)
-            optimizer.step()
-            with torch.no_grad():
-                model.logit_scale.clamp_(0, largest_log_scale)
-            if average:
-                average.update(model)
-
-            done = step + 1
-            if done % settings.log_every == 0 or done == settings.steps:
-                tracker.log(
-                    done,
-                    done * settings.batch_size,
-                    loss=loss.detach(),
-                    learning_rate=factor * settings.learning_rate,
-                    logit_scale=output["logit_scale"].detach(),
-                    gradient_norm=norm,
-                    **watch.lap(),
+                statistics.remember()
+                output = contrastive_step(
+                    forward,
+                    batch.parts,
+                    compute_loss,
+                    autocast=autocast,
+                    accumulating=parallel.accumulating,
+                    scale_loss=scaler.scale,
                 )
-                if watch.verdict:
-                    console.print(watch.verdict, soft_wrap=True, highlight=False)
-            else:
-                tracker.advance(done)
-            if done % settings.checkpoint_every == 0 or done == settings.steps:
-                progress = Progress(done, done * settings.batch_size, tracker.seconds)
-                save_checkpoint(checkpoints, model, optimizer, average, progress, settings.keep_checkpoints)
-    return (average.averaged if average else model.state_dict()), progress
+                scaler.unscale(model.parameters())
+                norm = parallel.clip(settings.gradient_clip)
+                bad = scaler.update(norm, guard.judge(output.loss, norm))  # on the device: nobody waits for it
+                watch.at(batch.step, "update")
+                optimizer.skip_where(bad)
+                optimizer.step()
+                optimizer.zero_grad()
+                statistics.undo_where(bad)
+                with torch.no_grad():
+                    model.logit_scale.clamp_(0, largest_log_scale)
+                if average:
+                    average.update(model)
 
-
-def prepared(
-    stream: MemoryStream | Loader,
-    augment: Augment,
-    model: CLIP,
-    config: RunConfig,
-    step: int,
-    device: torch.device,
-) -> Iterator[Batch]:
-    """Batches on the device, augmented and normalised; how a picture is varied depends on (seed, epoch, sample)."""
-
-    def pack(batch: Batch) -> Batch:
-        return batch | {"text": model.text.pack(batch["text"])}
-
-    for batch in on_device(stream.batches(), device, stream.times, prepare=pack):
-        progress = step / config.training.steps
-        side = config.training.image_size_at(progress)
-        size = model.image_size if side is None else (side, side)
-        image = augment.at(progress, size)(batch["image"], batch["may_flip"], batch["draw"])
-        yield batch | {"image": image}
-        step += 1
-
-
-@torch.no_grad()
-def center_projections(model: CLIP, batch: Batch) -> None:
-    """Take the first batch's mean feature off the biases of both output projections.
-
-    Features of an untrained tower share a large common part, which a contrastive loss has to unlearn first.
-
-    Raises:
-        MmbaseError: a tower whose projection has no bias.
-    """
-    for name, tower, inputs in (("vision", model.visual, batch["image"]), ("text", model.text, batch["text"])):
-        bias = getattr(tower.proj, "bias", None)
-        if bias is None:
-            raise MmbaseError(f"training.center_projections needs model.{name}.projection_bias=true")
-        bias.sub_(tower(inputs).mean(0))
+                # -- judge, evaluate, tell, save --------------------------------------------------------------------
+                verdict = guard.watch(batch.step, batch.samples, batch.end, batch.key, suspicious(output.features))
+                stop, time_is_up = agreement.any(interrupt.received is not None, saver.time_is_up())
+                to_measure = evaluation.is_due(batch.samples, batch.end, batch.is_last)
+                to_save = to_measure or stop or time_is_up or batch.is_last or saver.is_due(batch.seen)
+                if to_save and verdict is None:
+                    verdict = guard.settle(end=batch.is_last)
+                if isinstance(verdict, RollBack):
+                    batches.close()
+                    progress = saver.go_back(state, verdict.to_samples, mesh=parallel.mesh)
+                    tracker.rewind(progress.step, progress.samples)
+                    batches = feed.batches(progress.samples)
+                    to_center = settings.center_projections and not progress.samples
+                    watch.at(progress.step, "data wait")
+                    continue
+                measured: dict[str, float] = {}
+                if to_measure:
+                    watch.at(batch.step, "evaluation", allow=patient)
+                    measured = evaluation.run(batch.done)
+                if batch.done % settings.log_every == 0 or batch.is_last or measured:
+                    told = {"loss": output.loss, "learning_rate": factor * settings.learning_rate}
+                    told |= {"logit_scale": output.logit_scale, "gradient_norm": norm} | measured | data.lap()
+                    tracker.log(batch.done, batch.seen, **told)
+                    if data.verdict:
+                        report(data.verdict)
+                else:
+                    tracker.advance(batch.done)
+                if to_save:
+                    watch.at(batch.step, "checkpoint", allow=patient)
+                    progress = Progress(batch.done, batch.seen, tracker.seconds)
+                    saver.save(state, progress, measured.get("score"))
+                if stop:
+                    saver.finish()
+                    report(f"stopped by {interrupt.received or 'another rank'}; the same command goes on from here")
+                    raise Interrupted
+                watch.at(batch.done, "data wait")
+            batches.close()
+        saver.finish()
+        agreement.close()
+        best = saver.best() if settings.patience else None
+    return (weights_of(best) if best else whole(average.averaged if average else model.state_dict(), ranks)), progress

@@ -24,6 +24,7 @@ from mmbase.models.layers import Transformer
 from mmbase.training.batch_norm import normalise_over_ranks
 from mmbase.training.distributed import Ranks
 from mmbase.training.full_state import load_whole, whole
+from mmbase.training.parallel_config import ParallelConfig
 
 KINDS = ("auto", "none", "ddp", "fsdp", "hsdp")
 COMPILE = ("none", "blocks")
@@ -93,6 +94,24 @@ class Parallel:
         else:
             model.to(memory_format=torch.channels_last)  # FSDP2 takes rows of contiguous weights only
         self.module: Callable[..., dict[str, Tensor]] = self._wrapped()
+
+    @classmethod
+    def of(cls, model: CLIP, ranks: Ranks, config: ParallelConfig, dtype: torch.dtype | None) -> Parallel:
+        """As a configuration says."""
+        return cls(
+            model,
+            ranks,
+            kind=config.parallel,
+            dtype=dtype,
+            compile=config.compile,
+            checkpoint_activations=config.checkpoint_activations,
+            reshard_after_forward=config.reshard_after_forward,
+        )
+
+    @property
+    def alike(self) -> dist.ProcessGroup | None:
+        """Ranks that hold the same weights and gradients, which Muon may share its work among; None: none do."""
+        return dist.group.WORLD if self.kind == "ddp" else None
 
     @property
     def sharded(self) -> bool:

@@ -104,27 +104,35 @@ class LossScaler:
         optimizers.skip_where(scaler.update(norm, guard.judge(loss, norm)))
         optimizers.step()
 
+    Args:
+        device: of the gradients.
+        enabled: False does nothing at all, for a loop that need not ask.
+        factor: the first.
+        interval: steps without overflow after which it doubles.
+
     Source: Micikevicius et al. 2018, "Mixed Precision Training" (arXiv:1710.03740).
     """
 
-    def __init__(self, device: torch.device, *, factor: float = 65536.0, interval: int = 2000) -> None:
-        self.interval = interval
+    def __init__(
+        self, device: torch.device, *, enabled: bool = True, factor: float = 65536.0, interval: int = 2000
+    ) -> None:
+        self.enabled, self.interval = enabled, interval
         self.factor = torch.tensor(factor, device=device)
         self.good_steps = torch.tensor(0, device=device)
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss to go backward from."""
-        return loss * self.factor
+        return loss * self.factor if self.enabled else loss
 
     @torch.no_grad()
     def unscale(self, parameters: Iterable[nn.Parameter]) -> None:
         """Divide the gradients; exact, as factors are powers of two."""
         gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-        if gradients:
+        if gradients and self.enabled:
             torch._foreach_mul_(gradients, 1.0 / self.factor)
 
     @torch.no_grad()
-    def update(self, norm: Tensor, bad: Tensor | None = None) -> Tensor:
+    def update(self, norm: Tensor, bad: Tensor | None = None) -> Tensor | None:
         """Set the factor of the next step.
 
         Args:
@@ -133,8 +141,10 @@ class LossScaler:
 
         Returns:
             float32 scalar: 1 where this step is to be left out, for :meth:`~mmbase.training.optim.Optimizers
-            .skip_where`.
+            .skip_where`; ``bad`` where this scaler is not enabled.
         """
+        if not self.enabled:
+            return bad
         overflow = ~torch.isfinite(norm)
         self.good_steps.copy_(torch.where(overflow, 0, self.good_steps + 1))
         grows = self.good_steps >= self.interval

@@ -1,14 +1,12 @@
-"""A run from configuration to a loadable folder: prepare, train, keep the weights."""
+"""A run from configuration to a loadable folder: prepare, train, keep the weights; alone or among ranks."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
-import platform
-import subprocess
-import sys
 import time
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from rich.console import Console
 
 from mmbase.config import RunConfig, dump, first_difference
 from mmbase.data.augment import Augment
+from mmbase.data.image import PreprocessConfig
 from mmbase.data.loading import open_stream
 from mmbase.data.pictures import MemoryStream
 from mmbase.data.shards import expand_shards, read_samples
@@ -25,81 +24,121 @@ from mmbase.data.stream import Loader
 from mmbase.data.tokenizer import FileTokenizer, Tokenizer, train_tokenizer
 from mmbase.errors import MmbaseError
 from mmbase.files import write_atomically
-from mmbase.losses.precision import describe_products
 from mmbase.models.clip import CLIP
-from mmbase.training.checkpoint import save_weights
+from mmbase.training.banner import banner, environment
+from mmbase.training.curriculum import Curriculum
+from mmbase.training.distributed import Ranks, open_ranks
+from mmbase.training.evaluate import SharedModel
 from mmbase.training.loop import train_loop
-from mmbase.training.precision import choose_device, choose_precision
-from mmbase_kernels.banner import describe as describe_kernels
+from mmbase.training.parallel_config import ParallelConfig
+from mmbase.training.precision import choose_precision
+from mmbase.training.spawn import count_devices, spawn
+from mmbase.training.weights import save_weights
 
-INDIFFERENT = ("workers", "prefetch", "timeout", "cache", "max_bad_share")
-"""Keys of the data that a resume may change."""
+INDIFFERENT = {
+    "": ("output", "device", "devices", "evaluation", "tracking"),
+    "data": ("workers", "prefetch", "timeout", "cache", "max_bad_share"),
+    "training": (
+        *ParallelConfig.model_fields,
+        "micro_batch",
+        "checkpoints",
+        "guard",
+        "evaluate_every",
+        "patience",
+        "log_every",
+    ),
+}
+"""Keys that a resume may change, by the section they stand in: weights do not follow from them, but for rounding."""
 
-PACKAGES = ("mmbase", "torch", "triton", "numpy", "pillow", "open-clip-torch", "webdataset", "tokenizers")
+Ask = Callable[[RunConfig], Callable[[SharedModel], Mapping[str, float]]]
+"""Makes, on each rank, what measures a model between steps; a function of an importable module."""
 
 
-def train_run(config: RunConfig, console: Console) -> Path:
+def train_run(config: RunConfig, console: Console, ask: Ask | None = None) -> Path:
     """Train as configured, or go on where the folder's run stopped; the run's folder.
 
     It holds config.yaml, environment.json, model.json, model.safetensors, metrics.jsonl and checkpoints/.
 
+    Args:
+        config: of the run; with ``devices`` above 1, as many processes are started here.
+        console: where progress goes; ranks above 0 say nothing.
+        ask: what ``training.evaluate_every`` measures.
+
     Raises:
         MmbaseError: a folder that belongs to another configuration or cannot be written, and what training raises.
+        SystemExit: the run was asked to stop, and left a checkpoint.
     """
-    started = time.perf_counter()
-    folder = Path(config.output)
-    prepare_folder(folder, config)
-    if (folder / "model.safetensors").exists():
-        console.print(f"{folder} is trained already; delete it or set output= to train anew")
-        return folder
-    device = choose_device(config.device)
-    precision = choose_precision(config.training.precision, device)
-    torch.manual_seed(config.seed)
+    count = count_devices(config.devices, config.device)
+    if count == 1:
+        return train_ranks(config, ask, console)
+    return spawn(count, train_ranks, config, ask)
 
-    tokenizer = build_tokenizer(config, folder)
-    stream = open_stream(
-        config.data,
-        tokenizer,
-        batch_size=config.training.batch_size,
-        seed=config.seed,
-        total=config.training.steps * config.training.batch_size,
-        quarantine=folder / "quarantine.jsonl",
-    )
-    check_data(folder, stream)
-    model = build_model(config, tokenizer)
-    size = model.config.vision.image_hw
-    augment = Augment(config.augment, size, config.preprocess.mean, config.preprocess.std)
-    described = {
-        "format": 1,
-        "model": model.config.model_dump(mode="json"),
-        "preprocess": config.preprocess.model_dump(mode="json") | {"size": list(size)},
-        "tokenizer": tokenizer.save(folder),
-    }
-    write_atomically(folder / "model.json", json.dumps(described, indent=2))
-    try:
-        banner(config, console, device=str(device), precision=precision, stream=stream, model=model)
-    except ValueError as error:  # MMBASE_KERNELS asks for what there is not
-        raise MmbaseError(str(error)) from error
-    with contextlib.closing(stream):
-        weights, progress = train_loop(
-            model,
-            stream,
-            config,
-            augment=augment,
-            device=device,
-            precision=precision,
-            folder=folder,
-            console=console,
-        )
-    record = environment(device) | {
-        "precision": f"{str(precision.dtype or torch.float32).removeprefix('torch.')} ({precision.reason})",
-        "training_seconds": round(progress.seconds, 1),
-        "setup_seconds": round(time.perf_counter() - started - progress.seconds, 1),
-        "samples": progress.samples,
-        "bad_samples": stream.counts["reasons"],
-    }
-    write_atomically(folder / "environment.json", json.dumps(record, indent=2))
-    save_weights(weights, folder / "model.safetensors")
+
+def train_ranks(config: RunConfig, ask: Ask | None = None, console: Console | None = None) -> Path:
+    """One rank's part of :func:`train_run`, or all of it in one process."""
+    started, folder = time.perf_counter(), Path(config.output)
+    with open_ranks(config.device, timeout=max(1800.0, 3 * config.training.hang_seconds)) as ranks:
+        console = (console or Console()) if ranks.is_first else Console(quiet=True)
+        if ranks.is_first:
+            prepare_folder(folder, config)
+        ranks.barrier("the folder")
+        if ranks.broadcast_object((folder / "model.safetensors").exists()):
+            console.print(f"{folder} is trained already; delete it or set output= to train anew")
+            return folder
+        precision = choose_precision(config.training.precision, ranks.device)
+        torch.manual_seed(config.seed)
+
+        tokenizer, described = share_tokenizer(config, folder, ranks)
+        model = build_model(config, tokenizer)
+        curriculum = Curriculum(config.training.curriculum, model.config, config.training)
+        stream = open_curriculum_stream(config, curriculum, tokenizer, folder, ranks)
+        preprocess = config.preprocess.model_copy(update={"size": model.config.vision.image_hw})
+        augment = Augment(config.augment, model.config.vision.image_hw, preprocess.mean, preprocess.std)
+        if ranks.is_first:
+            check_data(folder, stream)
+            describe_model(folder, model, preprocess, described)
+        try:
+            banner(
+                config,
+                console,
+                device=ranks.device,
+                precision=precision,
+                stream=stream,
+                model=model,
+                curriculum=curriculum,
+            )
+        except ValueError as error:  # MMBASE_KERNELS asks for what there is not
+            raise MmbaseError(str(error)) from error
+        measure = None
+        if ask and config.training.evaluate_every:
+            asked, shared = ask(config), SharedModel(model, preprocess, tokenizer, ranks, precision, folder.name)
+            measure = lambda: asked(shared)  # noqa: E731
+        with contextlib.closing(stream):
+            weights, progress = train_loop(
+                model,
+                stream,
+                config,
+                curriculum=curriculum,
+                augment=augment,
+                ranks=ranks,
+                precision=precision,
+                folder=folder,
+                console=console,
+                measure=measure,
+            )
+        bad = sum((Counter(reasons) for reasons in ranks.gather_objects(stream.counts["reasons"])), Counter())
+        if ranks.is_first:
+            record = environment(ranks.device) | {
+                "precision": f"{str(precision.dtype or torch.float32).removeprefix('torch.')} ({precision.reason})",
+                "ranks": ranks.world_size,
+                "training_seconds": round(progress.seconds, 1),
+                "setup_seconds": round(time.perf_counter() - started - progress.seconds, 1),
+                "samples": progress.samples,
+                "bad_samples": dict(bad),
+            }
+            write_atomically(folder / "environment.json", json.dumps(record, indent=2))
+            save_weights(weights, folder / "model.safetensors")
+        ranks.barrier("the end of training", seconds=3600.0)
     return folder
 
 
@@ -122,11 +161,13 @@ def prepare_folder(folder: Path, config: RunConfig) -> None:
     write_atomically(resolved, dump(config))
 
 
-def _decisive(values: dict[str, Any]) -> dict[str, Any]:
+def _decisive(values: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration without what cannot change the weights."""
-    kept = {name: value for name, value in values.items() if name not in ("output", "device", "evaluation")}
-    data = {name: value for name, value in dict(values.get("data", {})).items() if name not in INDIFFERENT}
-    return kept | {"data": data}
+    kept = {name: value for name, value in values.items() if name not in INDIFFERENT[""]}
+    for section in ("data", "training"):
+        part = dict(values.get(section) or {})
+        kept[section] = {name: value for name, value in part.items() if name not in INDIFFERENT[section]}
+    return kept
 
 
 def check_data(folder: Path, stream: MemoryStream | Loader) -> None:
@@ -147,6 +188,48 @@ def check_data(folder: Path, stream: MemoryStream | Loader) -> None:
             f"the shards are not those this run began with ({then['samples']:,} samples then, {stream.samples:,} now); "
             f"a resume would show other data; restore them, choose another output=, or delete {str(path)!r} to go on"
         )
+
+
+def share_tokenizer(config: RunConfig, folder: Path, ranks: Ranks) -> tuple[Tokenizer, dict[str, Any]]:
+    """The configured tokenizer, and how ``model.json`` describes it; a learned one is trained by rank 0 alone."""
+    tokenizer, described = None, dict[str, Any]()
+    if ranks.is_first:
+        tokenizer = build_tokenizer(config, folder)
+        described = tokenizer.save(folder)
+    ranks.barrier("the tokenizer", seconds=3600.0)
+    return tokenizer or build_tokenizer(config, folder), described
+
+
+def describe_model(folder: Path, model: CLIP, preprocess: PreprocessConfig, tokenizer: dict[str, Any]) -> None:
+    """Write ``model.json``, by which anybody loads the weights."""
+    described = {
+        "format": 1,
+        "model": model.config.model_dump(mode="json"),
+        "preprocess": preprocess.model_dump(mode="json"),
+        "tokenizer": tokenizer,
+    }
+    write_atomically(folder / "model.json", json.dumps(described, indent=2))
+
+
+def open_curriculum_stream(
+    config: RunConfig, curriculum: Curriculum, tokenizer: Tokenizer, folder: Path, ranks: Ranks
+) -> MemoryStream | Loader:
+    """The training stream of this rank, with the weights of sources that the curriculum says."""
+    data = config.data.model_copy(deep=True)
+    for number, points in curriculum.source_weights().items():
+        if number >= len(data.mixture):
+            raise MmbaseError(f"curriculum: source={number}, but data.mixture has {len(data.mixture)} parts, from 0")
+        data.mixture[number].weight = points
+    return open_stream(
+        data,
+        tokenizer,
+        batch_size=curriculum.loader_batch(ranks.world_size) // ranks.world_size,
+        seed=config.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        total=curriculum.total,
+        quarantine=folder / "quarantine.jsonl",
+    )
 
 
 def build_tokenizer(config: RunConfig, folder: Path) -> Tokenizer:
@@ -196,64 +279,3 @@ def build_model(config: RunConfig, tokenizer: Tokenizer) -> CLIP:
         source, _ = load_weights(config.model.name or config.model.pretrained, config.model.pretrained)
         model.load_state_dict(source.state_dict())
     return model
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware, so that a run can be understood later."""
-    versions: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    processor = capabilities.get("cpu_name") or platform.processor() or platform.machine()
-    return {
-        "commit": _commit(),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "versions": versions,
-        "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that mmbase runs from, or None where it was installed from a wheel."""
-    here = Path(__file__).parents[2]
-    if not (here / ".git").exists():
-        return None
-    try:
-        command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def banner(
-    config: RunConfig, console: Console, *, device: str, precision: Any, stream: MemoryStream | Loader, model: CLIP
-) -> None:
-    """Say what was chosen, and why."""
-    image = sum(p.numel() for p in model.visual.parameters()) / 1e6
-    text = sum(p.numel() for p in model.text.parameters()) / 1e6
-    dtype = str(precision.dtype or torch.float32).removeprefix("torch.")
-    settings = config.training
-    console.print(f"[bold]mmbase[/] {config.output}")
-    console.print(f"  device     {device}, {torch.get_num_threads()} threads, {dtype}: {precision.reason}")
-    console.print(
-        f"  model      image tower {image:.1f} M, text tower {text:.1f} M parameters, {model.config.embed_dim}-d"
-    )
-    for number, line in enumerate(stream.describe()):
-        console.print(f"  {'' if number else 'data':<10} {line}", soft_wrap=True, highlight=False)
-    console.print(
-        f"  {'':<10} pictures of {config.data.source_size} px to {model.config.vision.image_size} px", highlight=False
-    )
-    console.print(
-        f"  training   {settings.steps} steps of {settings.batch_size} pairs, {settings.steps * settings.batch_size:,} "
-        f"presentations"
-    )
-    for line in describe_kernels(torch.device(device), precision.dtype or torch.float32):
-        console.print(f"  kernels    {line}")
-    console.print(f"  loss       {settings.loss}: {describe_products(torch.device(device), precision.dtype)}")

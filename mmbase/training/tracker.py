@@ -16,9 +16,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from mmbase.config import RunConfig
 from mmbase.errors import MmbaseError
 from mmbase.files import write_atomically
-from mmbase.training.sinks import Sink
+from mmbase.training.checkpoint import Progress as Place
+from mmbase.training.curriculum import Curriculum
+from mmbase.training.devices import peak_of
+from mmbase.training.distributed import Ranks
+from mmbase.training.sinks import Sink, open_sinks
 from mmbase.training.units import say_bytes, say_count, say_flops, say_seconds
 
 _PLAIN_EVERY = 30.0
@@ -181,6 +186,61 @@ class Tracker:
         if not self.console.is_terminal and now - self._said >= _PLAIN_EVERY:
             self._said = now
             self.console.print(f"step {step:,} of {self.steps:,}  {told}", soft_wrap=True, highlight=False)
+
+
+class Untracked(Tracker):
+    """What ranks other than the first have: it counts the time, and tells nothing."""
+
+    def __init__(self, seconds: float) -> None:
+        self._started = time.perf_counter() - seconds
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing to end."""
+
+    def advance(self, step: int) -> None:
+        """Nothing to move."""
+
+    def log(self, step: int, samples: int, **values: float | torch.Tensor) -> None:
+        """Values stay on the device."""
+
+    def rewind(self, step: int, samples: int) -> None:
+        """Nothing to drop."""
+
+
+def open_tracker(
+    config: RunConfig,
+    curriculum: Curriculum,
+    progress: Place,
+    ranks: Ranks,
+    dtype: torch.dtype | None,
+    folder: Path,
+    console: Console,
+) -> Tracker:
+    """The tracker of a run in ``folder`` that goes on from ``progress``; on ranks above 0 one that is silent."""
+    if not ranks.is_first:
+        return Untracked(progress.seconds)
+    peak = peak_of(ranks.device, dtype)
+    console.print(f"  MFU        of {say_flops(peak.flops)}/s: {peak.source}", soft_wrap=True, highlight=False)
+    values = config.model_dump(mode="json")
+    return Tracker(
+        folder / "metrics.jsonl",
+        steps=curriculum.step_count(),
+        step=progress.step,
+        seconds=progress.seconds,
+        console=console,
+        samples=progress.samples,
+        total_samples=curriculum.total,
+        flops=curriculum.flops_until,
+        peak=peak.flops * ranks.world_size,
+        device=ranks.device,
+        sinks=open_sinks(config.tracking, folder, console, step=progress.step, values=values),
+        stop_at_nonfinite=config.training.guard.policy == "off",
+    )
 
 
 def tell(row: dict[str, Any], seconds: float) -> str:

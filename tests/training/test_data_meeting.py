@@ -9,6 +9,7 @@ from rich.console import Console
 
 import mmbase
 from mmbase.errors import MmbaseError
+from mmbase.training.checkpoint import Checkpointer
 
 STREAMED = ["data.memory=never", "evaluation.tasks=[]", "training.steps=12", "training.warmup_steps=1"]
 
@@ -19,16 +20,14 @@ def rows(run):
 
 def stop_after(steps, monkeypatch):
     """Interrupt training when the checkpoint after so many steps is written."""
-    import mmbase.training.loop as loop
+    real = Checkpointer.save
 
-    real = loop.save_checkpoint
-
-    def save(folder, model, optimizer, average, progress, keep):
-        real(folder, model, optimizer, average, progress, keep)
+    def save(self, state, progress, score=None):
+        real(self, state, progress, score)
         if progress.step == steps:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "save_checkpoint", save)
+    monkeypatch.setattr(Checkpointer, "save", save)
 
 
 def test_a_resume_may_change_workers_and_gives_the_same_bits(recipe, tmp_path, monkeypatch):
