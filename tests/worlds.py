@@ -1,7 +1,7 @@
 """Tests over processes: worlds of ranks on this machine, each world forked from one process that imported everything.
 
-A worker is a script beside its test. Its ``run_rank(rank, world, folder)`` saves what it found as ``RANK of WORLD.pt`` in
-the folder, and it ends with :func:`main`; the test starts it by :func:`run_worker`.
+A worker is a script beside its test. Its ``run_rank(rank, world, folder)`` saves what it found as ``RANK of WORLD.pt``
+in the folder, and it ends with :func:`main`; the test starts it by :func:`run_worker`.
 """
 
 from __future__ import annotations
